@@ -1,0 +1,213 @@
+"""Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and has never seen an interaction.
+
+    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 10 minutes on two cores
+    python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
+
+It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one from its description, list
+and recommend movies *in words*. It then stays frozen for good.
+
+One thing is unusual, and it matters. A frozen LLM ranks items by h . e_w with h its normalised last state and e_w fixed rows of
+its head, so it can only express user tastes that these rows span, as sharply as their size allows. In an LLM pretrained from the
+usual small random rows (std .02) the rows of the title words end up nearly parallel, and a recommender's signal is lost in the
+very last multiplication. Here head and embedding are untied and *start* at norms 2 and 1, without weight decay, which keeps
+the rows well-conditioned. `--probe` measures what is left of the ceiling.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+import data  # noqa: E402
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The corpus: documents about the world, drawn without end. A movie in {history} stands by its name, a {user} by tastes in words.
+
+
+class Corpus:
+    def __init__(self, items, templates, seed):
+        self.items, self.rng = items, np.random.default_rng(seed)
+        self.templates = [t for t in templates if t[1] == "seen"]  # unseen prompts stay unseen
+        self.names = list(items[0]["attributes"])
+        self.by_value = {}
+        for item in items:
+            for name, value in item["attributes"].items():
+                self.by_value.setdefault((name, value), []).append(item)
+
+    def pick(self, sequence):
+        return sequence[self.rng.integers(len(sequence))]
+
+    def some(self, sequence, low, high):
+        count = min(len(sequence), int(self.rng.integers(low, high + 1)))
+        return [sequence[i] for i in self.rng.permutation(len(sequence))[:count]]
+
+    def phrase(self, name, value):
+        return {"genre": f"{value} movies", "mood": f"a {value} mood", "era": f"the {value}", "setting": f"the {value}",
+                "director": value}[name]
+
+    def document(self):
+        return self.pick([self.fact, self.fact, self.question, self.question, self.repeat, self.naming, self.listing,
+                          self.recommendation, self.recommendation])()
+
+    def fact(self):
+        """Titles with their descriptions or their bare attributes."""
+        item = self.pick(self.items)
+        facts = [f"{name} {item['attributes'][name]}" for name in self.some(self.names, 2, 5)]
+        return self.pick([f"{item['title']}: {item['text']}", f"{item['title']}. {item['text']}", f"{item['title']} has {', '.join(facts)}."])
+
+    def question(self):
+        """The text tasks of prompts.txt, the movie given by its name."""
+        task, _, prompt, target = self.pick([t for t in self.templates if t[0] in (*self.names, "describe", "common")])
+        a, b = self.some(self.items, 2, 2)
+        shared = [f"{k} {v}" for k, v in a["attributes"].items() if b["attributes"][k] == v]
+        facts = {"text": a["text"], "common": ", ".join(shared) or "nothing", **a["attributes"]}
+        prompt = prompt.replace("{item}", a["title"], 1).replace("{item}", b["title"])
+        return f"{prompt} {target.format(**facts)}"
+
+    def repeat(self):
+        """A list of titles, said twice: the LLM learns to copy a title from its context."""
+        titles = ", ".join(item["title"] for item in self.some(self.items, 3, 12))
+        return f"{titles}. Again: {titles}."
+
+    def naming(self):
+        item = self.pick(self.items)
+        facts = ", ".join(f"{name} {item['attributes'][name]}" for name in self.some(self.names, 3, 5))
+        return f"{self.pick([item['text'], facts])} Which movie is it? {item['title']}"
+
+    def listing(self):
+        (name, value), movies = self.pick(list(self.by_value.items()))
+        return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
+
+    def recommendation(self):
+        """The ranking tasks of prompts.txt, the user given by two tastes in words, the answer a movie that meets as many as can be."""
+        _, _, prompt, target = self.pick([t for t in self.templates if t[0] in data.RANKING_TASKS])
+        liked = self.pick(self.items)
+        tastes = [(name, liked["attributes"][name]) for name in self.some(self.names, 2, 2)]
+        fitting = [m for taste in tastes for m in self.by_value[taste]]
+        both = [m for m in self.by_value[tastes[0]] if m in self.by_value[tastes[1]]]
+        user = "a friend of " + " and ".join(self.phrase(*taste) for taste in tastes)
+        history = ", ".join(m["title"] for m in self.some(fitting, 2, 14))
+        return f"{prompt.format(user=user, history=history)} {target.format(target=self.pick(both)['title'])}"
+
+
+def make_tokenizer(corpus, templates, vocab_size):
+    """Byte-level BPE on the corpus; every title's first word must come out as one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = [corpus.document() for _ in range(20000)] + [" ".join(t[2:]) for t in templates] * 50
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    for item in corpus.items:
+        assert len(tokenizer.encode(" " + item["title"].split()[0]).ids) == 1, f"{item['title']}: first word is not one token"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def batches(corpus, tokenizer, batch_size, length):
+    """Endless (B, length) rows; each starts with a document and holds as many as fit."""
+    while True:
+        rows = []
+        for _ in range(batch_size):
+            row = []
+            while len(row) < length:
+                row += tokenizer(corpus.document())["input_ids"] + [tokenizer.eos_token_id]
+            rows.append(row[:length])
+        yield torch.tensor(rows)
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    templates = [t for t in data.load_prompts() if "{common}" in t[3] or "{text}" in t[3] or "{target}" in t[3] or
+                 all(k in t[3] for k in ("{", "}")) and t[0] in data.TOY_ATTRIBUTES]
+    corpus = Corpus(data.toy_world(0)["items"], templates, args.seed)
+    tokenizer = make_tokenizer(corpus, templates, args.vocab)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
+        num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, loss at step 0 about ln V = "
+          f"{math.log(len(tokenizer)):.2f} and more (the head's rows are long)")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    start = time.time()
+    for step, ids in zip(range(args.steps), batches(corpus, tokenizer, args.batch_size, 256)):
+        warm = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == args.steps - 1:
+            print(json.dumps({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - start)}), flush=True)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The read-out ceiling: CF vector -> linear -> final norm -> head, no LLM layers in between, against the same into a free head
+
+
+def read_out(dataset, rows, train_rows, steps=400):
+    """Best validation HR@10 (no history) of softmax(rows . norm(W cf)) over the items' first tokens. rows (I, D)."""
+    torch.manual_seed(0)
+    users, D = dataset.eligible(), rows.shape[1]
+    rows = torch.nn.Parameter(rows.clone(), requires_grad=train_rows)
+    linear = torch.nn.Linear(dataset.user_cf.shape[1], D)
+    optimizer = torch.optim.Adam([p for p in (*linear.parameters(), rows) if p.requires_grad], lr=1e-2)
+    counts = torch.zeros(len(users), len(dataset.items))
+    for row, u in enumerate(users):
+        counts[row, torch.as_tensor(dataset.items_of(u, "valid").astype(int))] = 1
+    target, best = torch.tensor([dataset.target(u, "valid") for u in users]), 0.0
+    for step in range(steps):
+        scores = F.rms_norm(linear(dataset.user_cf[users]), (D,)) @ rows.T               # (U, I)
+        loss = -(counts * scores.log_softmax(1)).sum() / counts.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 9:
+            masked = scores.detach().masked_fill(counts > 0, -torch.inf)
+            own = masked.gather(1, target[:, None])
+            best = max(best, ((masked >= own).sum(1) <= 10).float().mean().item())
+    return best
+
+
+def probe(args):
+    dataset = data.load_dataset(args.data)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
+    first = torch.tensor([tokenizer(" " + item["title"])["input_ids"][0] for item in dataset.items])
+    rows = (model.lm_head.weight * model.model.norm.weight)[first].detach()             # the norm's gain folded into the head
+    singular = torch.linalg.svdvals(rows)
+    ours, free = read_out(dataset, rows, False), read_out(dataset, torch.randn_like(rows) * 2 / math.sqrt(rows.shape[1]), True)
+    print(f"read-out ceiling, valid HR@10: frozen head {ours:.3f}, free head {free:.3f}, ratio {ours / free:.3f}; "
+          f"singular values of the title rows {singular[0]:.2f} to {singular[-1]:.2f}")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--probe", action="store_true", help="measure the read-out ceiling of what is in --out")
+    p.add_argument("--data", default="data/toy", help="prepared toy folder for --probe")
+    p.add_argument("--out", default=str(HERE), help="folder to write [this one]")
+    p.add_argument("--width", type=int, default=160, help="at least the number of items, or the head cannot tell them apart")
+    p.add_argument("--layers", type=int, default=3)
+    p.add_argument("--vocab", type=int, default=1024)
+    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--seed", type=int, default=0)
+    arguments = p.parse_args()
+    (probe if arguments.probe else train)(arguments)

@@ -1,0 +1,564 @@
+"""Raw interaction logs -> one prepared folder that every other script reads. First file to read, first command to run.
+
+    python data.py                                                  # the toy world                          about 5 s
+    python data.py --dataset movielens --source ml-100k --out data/ml-100k                                   about 10 s
+
+A recommender knows items through *interactions* (who chose what, in which order); a language model knows them through *text*.
+This file prepares both sides, and the collaborative-filtering (CF) vectors that the item-language model will translate
+between them:
+
+    items.jsonl     line i is item i: {"id", "title", "text", "attributes"}          what a text can tell
+    users.txt       line u is the original id of user u
+    sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order     last = test, last but one = valid
+    cf.npz          user (U, E), item (I, E): implicit ALS on the training part       what interactions can tell
+    tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
+    meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts
+
+Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+ML_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+             "Mystery Romance Sci-Fi Thriller War Western").split()
+MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
+RANKING_TASKS = ("sequential", "straightforward")
+
+
+class InputError(ValueError):
+    """Something the user gave us is wrong; the message names the file, the line and the remedy."""
+
+
+def run_script(main):
+    """Run a script's main(): a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        raise SystemExit((print(f"error: {' '.join(str(error).split())}", file=sys.stderr), 2)[1]) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prepared folder, as the other scripts see it
+
+
+@dataclass
+class Dataset:
+    """A prepared folder in memory: I items, U users, E CF dimensions. `user_cf` and `item_cf` are standardised."""
+    path: Path
+    meta: dict
+    items: list            # I dicts, see items.jsonl
+    users: list            # U original ids
+    indptr: np.ndarray     # (U+1,)
+    sequence: np.ndarray   # (nnz,)
+    user_cf: torch.Tensor  # (U, E)
+    item_cf: torch.Tensor  # (I, E)
+    raw_cf: tuple          # the same two as ALS left them: dot products are MF's scores
+    tasks: list            # dicts, see tasks.jsonl
+
+    def items_of(self, user, split=None):
+        """Item indices of one user in time order; `split` in train, valid, test leaves out that split's target and all after it."""
+        end = {None: 0, "train": 2, "valid": 2, "test": 1}[split]
+        return self.sequence[self.indptr[user]:self.indptr[user + 1] - end]
+
+    def target(self, user, split):
+        return int(self.sequence[self.indptr[user + 1] - {"valid": 2, "test": 1}[split]])
+
+    def eligible(self):
+        """Users with at least 3 interactions: one to learn from, one to validate, one to test."""
+        return np.flatnonzero(np.diff(self.indptr) >= 3)
+
+    def items_in(self, split):
+        """Items with a text whose text belongs to train, valid or test; the last two are held out of every training loss."""
+        held_out = {s: set(self.meta["held_out"][s]) for s in ("valid", "test")}
+        train = set(range(len(self.items))) - held_out["valid"] - held_out["test"]
+        return [i for i in sorted(held_out.get(split, train)) if self.items[i]["text"]]
+
+
+def standardise(x):
+    """Every column to mean 0 and variance 1, over the rows that CF has seen (the others are exactly zero)."""
+    seen = x[x.abs().sum(1) > 0]
+    return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6) if len(seen) > 1 else x
+
+
+def load_dataset(path):
+    """Read a prepared folder and check it against the sums in its meta.json."""
+    path = Path(path)
+    if not (path / "meta.json").is_file():
+        raise InputError(f"{path}: not a prepared folder (no meta.json); run `python data.py --out {path}` first")
+    meta = json.loads((path / "meta.json").read_text())
+    for name, sha in meta["sha256"].items():
+        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
+            raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
+    lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
+    with np.load(path / "sequences.npz", allow_pickle=False) as z:
+        indptr, sequence = z["indptr"], z["items"]
+    with np.load(path / "cf.npz", allow_pickle=False) as z:
+        raw = torch.from_numpy(z["user"]), torch.from_numpy(z["item"])
+    return Dataset(path, meta, [json.loads(x) for x in lines("items.jsonl")], lines("users.txt"), indptr, sequence,
+                   standardise(raw[0]), standardise(raw[1]), raw, [json.loads(x) for x in lines("tasks.jsonl")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: each returns users, items, times as three arrays of equal length, in file order
+
+
+def find(source, names, dataset):
+    for name in names:
+        if source and (Path(source) / name).is_file():
+            return Path(source) / name
+    where = f"; get it from {MOVIELENS_URL} and unpack it there" if dataset == "movielens" else ""
+    raise InputError(f"--source {source}: no {' or '.join(names)} in it{where}")
+
+
+def read_numbers(path, delimiter, skip=0):
+    """Columns user, item, timestamp (0, 1, 3) of a purely numeric log. numpy's C reader does a million lines a second."""
+    with open(path, encoding="utf-8-sig") as f:
+        rows = (line.replace("::", "\t") for line in f) if delimiter == "::" else f
+        try:
+            table = np.loadtxt(rows, delimiter="\t" if delimiter == "::" else delimiter, usecols=(0, 1, 3), skiprows=skip,
+                               ndmin=2, dtype=np.float64)
+        except ValueError as error:  # numpy counts rows from 0 after the header
+            raise InputError(f"{path}: {error} (rows count from 0{' after the header' if skip else ''}); "
+                             f"expected user, item, rating, timestamp separated by {delimiter!r}") from None
+    return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
+
+
+def read_movielens(source):
+    path = find(source, ["u.data", "ratings.dat", "ratings.csv"], "movielens")
+    return read_numbers(path, {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix], skip=int(path.suffix == ".csv"))
+
+
+def read_openp5(source):
+    """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
+    users, items, times = [], [], []
+    path = find(source, ["user_sequence.txt"], "openp5")
+    for number, line in enumerate(open(path, encoding="utf-8"), 1):
+        user, *sequence = line.split() or [""]
+        if not sequence:
+            raise InputError(f"{path}, line {number}: expected a user id and item ids separated by spaces; remove the line")
+        users += [user] * len(sequence)
+        items += sequence
+        times += range(len(sequence))
+    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+
+
+def read_csv(source):
+    """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps others."""
+    users, items, times = [], [], []
+    path = find(source, ["interactions.csv"], "csv")
+    for number, row in table_rows(path, ("user", "item", "timestamp")):
+        try:
+            times.append(float(row["timestamp"]))
+        except ValueError:
+            raise InputError(f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number; "
+                             "write seconds since 1970 or any growing count") from None
+        users.append(row["user"])
+        items.append(row["item"])
+    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+
+
+def table_rows(path, required=()):
+    """Yield (line number, dict) for a .csv, .tsv or .jsonl file."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        try:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(f, 1):
+                    yield number, json.loads(line)
+                return
+            reader = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",")
+            missing = [c for c in required if c not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(f"{path}, line 1: no column {', '.join(missing)}; the header has {reader.fieldnames}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} columns; quote the field")
+                yield reader.line_num, row
+        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}; write it again as UTF-8") from None
+
+
+def read_items(path):
+    """An item table -> {id: {"title", "text", "attributes"}}. MovieLens's three shapes, or csv, tsv, jsonl with a header."""
+    table = {}
+    if path.suffix in (".item", ".dat"):
+        separator = "|" if path.suffix == ".item" else "::"
+        for number, line in enumerate(open(path, encoding="latin-1"), 1):
+            fields = line.rstrip("\n").split(separator)
+            if len(fields) < 3:
+                raise InputError(f"{path}, line {number}: expected fields separated by {separator!r}")
+            genres = ([g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"] if separator == "|" else fields[2].split("|"))
+            table[fields[0]] = {"title": fields[1], "attributes": {"genres": genres}}
+    else:
+        for number, row in table_rows(path):
+            key = next((k for k in ("id", "item", "item_id", "movieId", "asin") if k in row), next(iter(row)))
+            rest = {k: v for k, v in row.items() if k not in (key, "title", "text", "attributes") and v}
+            rest = {k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()}
+            table[str(row[key])] = {"title": row.get("title") or "", "attributes": row.get("attributes") or rest}
+            if row.get("text"):
+                table[str(row[key])]["text"] = row["text"]
+    return {key: finish_item(key, item) for key, item in table.items()}
+
+
+def finish_item(key, item):
+    """Fill in what follows from the rest: a year from "Title (1995)", flat attribute strings, a text made of all of them."""
+    title = " ".join(item["title"].split())
+    attributes = {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in item["attributes"].items()}
+    year = re.search(r"\((\d{4})\)$", title)
+    if year and "genres" in attributes:
+        attributes["decade"] = year[1][:3] + "0s"
+    told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
+    text = item.get("text", f"{title}. {told}" if title and told else title or told)
+    return {"id": key, "title": title, "text": " ".join(text.split()), "attributes": attributes}
+
+
+def unique_titles(items):
+    """A recommender has to name items: equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many."""
+    seen, changed = set(), 0
+    for item in items:
+        title = wanted = item["title"] or f"item {item['id']}"
+        count = 1
+        while title in seen:
+            count += 1
+            title = f"{wanted} ({count})"
+        changed += title != item["title"]
+        seen.add(title)
+        item["title"] = title
+    return changed
+
+
+def k_core(users, items, min_count):
+    """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
+    keep = np.ones(len(users), dtype=bool)
+    while True:
+        rare = np.zeros(len(users), dtype=bool)
+        for codes in (users, items):
+            rare |= np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] < min_count
+        if not (rare & keep).any():
+            return keep
+        keep &= ~rare
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008)
+
+
+def als_solve(fixed, indptr, indices, alpha, reg, budget=1 << 18):
+    """Least-squares vectors of one side given the other: for row r with items S, solve
+
+        (Y'Y + alpha * sum_{i in S} y_i y_i' + reg * 1) x_r = (1 + alpha) * sum_{i in S} y_i
+
+    fixed (N, E), indptr (R+1,), indices (nnz,) -> (R, E). Rows of similar length are solved together, at most `budget`
+    padded interactions at a time, so memory stays linear in interactions. Solving one new row is the fold-in of a new user.
+    """
+    E = fixed.shape[1]
+    gram = fixed.T @ fixed + reg * torch.eye(E)
+    lengths = indptr[1:] - indptr[:-1]
+    out = torch.zeros(len(lengths), E)
+    order = torch.argsort(lengths)
+    start = int((lengths == 0).sum())  # a row without interactions is the zero vector
+    while start < len(order):
+        longest = lengths[order[start:]] * torch.arange(1, len(order) - start + 1)  # padded size if the chunk ends here
+        rows = order[start:start + max(1, int((longest <= budget).sum()))]
+        L = int(lengths[rows[-1]])
+        offsets = torch.arange(L)
+        valid = offsets < lengths[rows, None]                                     # (R, L)
+        position = (indptr[rows, None] + offsets).clamp(max=len(indices) - 1)
+        Y = fixed[indices[position]] * valid[..., None]                           # (R, L, E)
+        A = gram + alpha * (Y.transpose(1, 2) @ Y)                                # (R, E, E)
+        out[rows] = torch.cholesky_solve((1 + alpha) * Y.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
+        start += len(rows)
+    return out
+
+
+def csr(rows, columns, num_rows):
+    """Rows of column indices as (indptr, indices), order kept inside a row."""
+    order = torch.argsort(rows, stable=True)
+    indptr = torch.zeros(num_rows + 1, dtype=torch.long)
+    indptr[1:] = torch.bincount(rows, minlength=num_rows).cumsum(0)
+    return indptr, columns[order]
+
+
+def train_cf(users, items, num_users, num_items, dim, alpha, reg, iterations, seed):
+    """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E)."""
+    users, items = torch.as_tensor(users), torch.as_tensor(items)
+    by_user, by_item = csr(users, items, num_users), csr(items, users, num_items)
+    item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) / math.sqrt(dim)
+    item_cf[by_item[0][1:] == by_item[0][:-1]] = 0  # an item that training never saw has no vector and lends nothing
+    for _ in range(iterations):
+        user_cf = als_solve(item_cf, *by_user, alpha, reg)
+        item_cf = als_solve(user_cf, *by_item, alpha, reg)
+    return user_cf, item_cf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world: a catalogue in which the truth is known
+
+
+TOY_ATTRIBUTES = {
+    "genre": "comedy thriller romance western mystery fantasy".split(),
+    "mood": "tense gentle gloomy playful".split(),
+    "era": "fifties seventies nineties future".split(),
+    "setting": "harbor desert village mountain island".split(),
+    "director": ["Ada Stone", "Ben Okoro", "Carla Ruiz", "Dov Levin", "Elsa Lind", "Farid Khan", "Greta Wolf", "Hugo Sato"],
+}
+# One word of its own for every title: a frozen LLM can only rank names that its head can tell apart (see README, read-out ceiling).
+TOY_FIRST_WORDS = """Amber Azure Bitter Blazing Borrowed Brass Broken Burning Candle Captive Cedar Cobalt Copper Coral Crimson Crooked
+Crystal Dancing Distant Double Drifting Dusty Echo Electric Ember Emerald Empty Endless Fading Falcon Feather Fearless Final First
+Flying Foggy Forgotten Frozen Gilded Glass Golden Granite Green Hidden Hollow Honest Humble Hungry Icy Indigo Iron Ivory Jade
+Jagged Kindred Lantern Last Lavender Lead Leaping Lonely Lost Lucky Lunar Marble Midnight Mirror Misty Mossy Narrow Nimble Noble
+Northern Oaken Obsidian Olive Opal Open Orange Painted Paper Patient Pearl Phantom Plain Polar Proud Purple Quiet Rapid Raven Restless
+Roaming Rolling Royal Ruby Rusty Sacred Sapphire Scarlet Secret Seventh Shallow Shining Silent Silver Sleeping Solar Southern Spiral
+Stolen Stormy Sudden Tangled Tender Thirsty Twisted Velvet Violet Wandering Wicked Winter""".split()
+TOY_SECOND_WORDS = """Bridge Crown Letter River Garden Window Promise Road Orchard Signal Mask Clock Voyage Shadow Song Tower
+Circle Harvest Stranger Key""".split()
+TOY_WEIGHTS = {"genre": 3.6, "mood": 2.2, "era": 1.8, "setting": 1.8, "director": 2.6, "hidden": 3.6}  # in nats of preference
+TOY_HIDDEN, TOY_FOLLOW, TOY_POPULARITY = 4, 1.5, 0.6
+
+
+def toy_world(seed=0, num_items=120):
+    """The catalogue and the laws of choice: a pure function of the world seed. No interaction is drawn here.
+
+    A user is a *type*: one favourite value of every attribute, the hidden trait included, which no text mentions.
+    log p(next = i) = sum of the weights of matching attributes + popularity_i + TOY_FOLLOW if i shares the last movie's setting,
+    over the movies not yet watched. `taste` (types, I) holds the exponential of the first two terms.
+    """
+    rng = np.random.default_rng([seed, 120])
+    sizes = [len(v) for v in TOY_ATTRIBUTES.values()] + [TOY_HIDDEN]
+    codes = np.stack([rng.permutation(np.arange(num_items) % n) for n in sizes], 1)           # (I, A), balanced
+    words = rng.permutation(TOY_FIRST_WORDS)[:num_items]
+    items = []
+    for i in range(num_items):
+        a = {name: values[codes[i, k]] for k, (name, values) in enumerate(TOY_ATTRIBUTES.items())}
+        text = (f"A {a['mood']} {a['genre']} of the {a['era']}, set in a {a['setting']} and directed by {a['director']}." if i % 2 else
+                f"{a['director']} directed this {a['genre']} with a {a['mood']} mood, set in a {a['setting']} in the {a['era']}.")
+        items.append({"id": f"{i + 1:03d}", "title": f"{words[i]} {rng.choice(TOY_SECOND_WORDS)}",
+                      "text": re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text), "attributes": a})
+    types = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
+    popularity = rng.normal(0, TOY_POPULARITY, num_items)
+    utility = popularity + sum(w * (types[:, k, None] == codes[None, :, k]) for k, w in enumerate(TOY_WEIGHTS.values()))
+    setting = codes[:, list(TOY_ATTRIBUTES).index("setting")]
+    follow = np.exp(TOY_FOLLOW * (setting[:, None] == setting[None]))
+    return {"items": items, "taste": np.exp(utility).astype(np.float32), "follow": follow.astype(np.float32)}
+
+
+def toy_interactions(world, num_users, seed):
+    """Every user watches 16 to 40 movies, none twice -> users, items, times."""
+    rng = np.random.default_rng([seed, 1000])
+    taste, follow = world["taste"], world["follow"]
+    kind, length = rng.integers(len(taste), size=num_users), rng.integers(16, 41, size=num_users)
+    weight, last, rows = taste[kind].copy(), None, []
+    for step in range(length.max()):
+        now = weight if last is None else weight * follow[last]
+        last = (np.log(np.maximum(now, 1e-30)) + rng.gumbel(size=now.shape)).argmax(1)         # Gumbel-max = one softmax draw
+        weight[np.arange(num_users), last] = 0
+        rows += [(u, world["items"][last[u]]["id"], step) for u in np.flatnonzero(step < length)]
+    users, items, times = zip(*rows)
+    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+
+
+def toy_oracle(world, histories):
+    """The Bayes-optimal recommender: p(next item | history), exact, over all user types. List of index arrays -> (U, I).
+
+    posterior(type) is the product over the history of taste / (normaliser over unwatched movies), and
+    p(i) = sum_type posterior(type) taste(type, i) follow(last, i) / normaliser(type).
+    """
+    taste, follow = torch.from_numpy(world["taste"]), torch.from_numpy(world["follow"])
+    out = []
+    for chunk in (histories[k:k + 200] for k in range(0, len(histories), 200)):
+        rows, lengths = torch.arange(len(chunk)), torch.tensor([len(h) for h in chunk])
+        padded = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
+        for row, history in enumerate(chunk):
+            padded[row, :len(history)] = torch.as_tensor(history.copy())
+        log_posterior = torch.zeros(len(chunk), len(taste))
+        context = torch.ones(len(chunk), taste.shape[1])                                        # follow * unwatched, (U, I)
+        unwatched = torch.ones_like(context)
+        for step in range(padded.shape[1]):
+            active = (step < lengths).float()[:, None]
+            item = padded[:, step]
+            log_posterior += active * (taste[:, item].T.log() - (context @ taste.T).log())
+            unwatched[rows, item] *= 1 - active[:, 0]
+            context = torch.where(active > 0, follow[item] * unwatched, context)
+        posterior = log_posterior.softmax(1) / (context @ taste.T)
+        out.append((posterior @ taste) * context)
+    return torch.cat(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text tasks, held-out items, writing
+
+
+def load_prompts(path=HERE / "prompts.txt"):
+    """Template lines `task; seen|unseen; prompt; target` (OpenP5's format, and its placeholders) -> list of 4-tuples."""
+    templates = []
+    for number, line in enumerate(open(path, encoding="utf-8"), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        fields = [f.strip() for f in line.split(";")]
+        if len(fields) != 4 or fields[1] not in ("seen", "unseen"):
+            raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`")
+        templates.append((*fields[:2], fields[2].replace("{user_id}", "{user}"), fields[3]))
+    return templates
+
+
+def item_split(name, item_id):
+    """train 70 %, valid 10 %, test 20 %: a pure function of the data set's name and the item's id."""
+    bucket = int(hashlib.sha256(f"{name}/{item_id}".encode()).hexdigest(), 16) % 10
+    return "valid" if bucket == 0 else "test" if bucket < 3 else "train"
+
+
+def text_tasks(items, splits, templates, seed):
+    """Fill each text template for every item that has what its target names; {item} twice means a pair of one split.
+
+    {text} and attribute names stand for the item's own; {common} for the attributes that both items share. A prompt never
+    holds a title: what the answer needs has to come through the item's CF vector.
+    """
+    rng, tasks = np.random.default_rng([seed, 24]), []
+    pools = {s: [i for i, split in enumerate(splits) if split == s and items[i]["text"]] for s in ("train", "valid", "test")}
+    for task, _, prompt, target in templates:
+        if task in RANKING_TASKS:
+            continue
+        for i in (i for pool in pools.values() for i in pool):
+            chosen, facts = [i], {"text": items[i]["text"], **items[i].get("attributes", {})}
+            if prompt.count("{item}") == 2:
+                chosen.append(int(rng.choice(pools[splits[i]])))
+                other = items[chosen[1]].get("attributes", {})
+                shared = [f"{k} {v}" for k, v in items[i].get("attributes", {}).items() if other.get(k) == v]
+                facts["common"] = ", ".join(shared) or "nothing"
+            if all(name in facts for name in re.findall(r"\{(\w+)\}", target)) and len(set(chosen)) == prompt.count("{item}"):
+                tasks.append({"task": task, "split": splits[i], "prompt": prompt,
+                              "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
+    return tasks
+
+
+def write_atomically(folder, write):
+    """Let write(temporary folder) fill a new folder, then rename it into place: readers see the old one or the new one."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f"{folder.name}.tmp-{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        fresh.mkdir()
+        write(fresh)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(fresh, folder)
+    finally:
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prepare(args):
+    """The whole of this file in order: read, filter, sort, index, train CF, make text tasks, write."""
+    world = toy_world(args.world_seed) if args.dataset == "toy" else None
+    if world:
+        users, item_ids, times = toy_interactions(world, args.max_users or 1000, args.seed)
+        table = {item["id"]: item for item in world["items"]}
+    else:
+        users, item_ids, times = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](args.source)
+        names = ["u.item", "movies.dat", "movies.csv"] if args.dataset == "movielens" else ["items.tsv", "items.csv", "items.jsonl"]
+        table = read_items(Path(args.items) if args.items else find(args.source, names, args.dataset))
+    if not len(users):
+        raise InputError(f"--source {args.source}: no interactions in it")
+    user_names, users = np.unique(users, return_inverse=True)
+    item_names, items = np.unique(item_ids, return_inverse=True)
+    keep = k_core(users, items, args.min_count)
+    if args.max_users and not world:
+        left = np.unique(users[keep])
+        keep &= np.isin(users, np.random.default_rng(args.seed).permutation(left)[:args.max_users])
+    if not keep.any():
+        raise InputError(f"--min-count {args.min_count}: nothing is left of {len(users)} interactions; lower it")
+    kept_users, users = np.unique(users[keep], return_inverse=True)
+    kept_items, items = np.unique(items[keep], return_inverse=True)
+    order = np.lexsort((times[keep], users))  # stable: equal times keep file order
+    users, items, num_users, num_items = users[order], items[order], len(kept_users), len(kept_items)
+    indptr = np.concatenate([[0], np.bincount(users, minlength=num_users).cumsum()])
+    print(f"{args.dataset}: {num_users:,} users, {num_items:,} items, {len(users):,} interactions")
+
+    # Last = test, last but one = valid. Users with fewer than 3 interactions have no targets and lend all they have to CF.
+    from_end = indptr[users + 1] - np.arange(len(users))
+    train = (from_end > 2) | (np.diff(indptr)[users] < 3)
+    if args.cf:
+        vectors = load_cf(args.cf, num_users, num_items)
+    else:
+        vectors = train_cf(users[train], items[train], num_users, num_items, args.cf_dim, args.alpha, args.reg,
+                           args.iterations, args.seed)
+    ids = [str(item_names[i]) for i in kept_items]
+    catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in ids]
+    renamed = unique_titles(catalogue)
+    if renamed:
+        print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
+    name = Path(args.out).name
+    splits = [item_split(name, x) for x in ids]
+    tasks = text_tasks(catalogue, splits, load_prompts(), args.seed)
+    cf_settings = {"algorithm": args.cf or "implicit ALS", "dim": int(vectors[0].shape[1]), "alpha": args.alpha,
+                   "reg": args.reg, "iterations": args.iterations}
+
+    def write(folder):
+        jsonl = lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "items.jsonl").write_text(jsonl(catalogue), encoding="utf-8")
+        (folder / "users.txt").write_text("".join(f"{user_names[u]}\n" for u in kept_users), encoding="utf-8")
+        (folder / "tasks.jsonl").write_text(jsonl(tasks), encoding="utf-8")
+        np.savez(folder / "sequences.npz", indptr=indptr, items=items.astype(np.int32))
+        np.savez(folder / "cf.npz", user=vectors[0].numpy(), item=vectors[1].numpy(), settings=json.dumps(cf_settings))
+        meta = {"name": name, "dataset": args.dataset, "source": str(args.source), "seed": args.seed, "world_seed": args.world_seed,
+                "min_count": args.min_count, "users": num_users, "items": num_items, "interactions": len(users),
+                "short_users": int((np.diff(indptr) < 3).sum()), "renamed_titles": renamed, "cf": cf_settings,
+                "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")},
+                "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+    write_atomically(args.out, write)
+    print(f"wrote {args.out}: CF {tuple(vectors[0].shape)} and {tuple(vectors[1].shape)}, {len(tasks):,} text-task instances, "
+          f"{int((np.diff(indptr) < 3).sum())} users with fewer than 3 interactions (CF alone)")
+
+
+def load_cf(path, num_users, num_items):
+    """The user's own embeddings: an .npz with `user` (U, E) and `item` (I, E), rows in the order of the sorted ids."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            user, item = z["user"], z["item"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--cf {path}: {error}; expected an .npz with the float arrays `user` and `item`") from None
+    if user.ndim != 2 or user.shape[0] != num_users or item.shape != (num_items, user.shape[1]):
+        raise InputError(f"--cf {path}: user {user.shape}, item {item.shape}; expected ({num_users}, E) and ({num_items}, E)")
+    if not (np.isfinite(user).all() and np.isfinite(item).all()):
+        raise InputError(f"--cf {path}: has values that are not finite")
+    return torch.from_numpy(user.astype(np.float32)), torch.from_numpy(item.astype(np.float32))
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--dataset", default="toy", choices=["toy", "movielens", "openp5", "csv"], help="format of --source [toy]")
+    p.add_argument("--source", help="folder with the raw files")
+    p.add_argument("--items", help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)")
+    p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
+    p.add_argument("--cf", help="your own CF vectors (.npz with user and item) in place of ALS")
+    p.add_argument("--cf-dim", type=int, default=24, help="width E of the CF vectors [24]")
+    p.add_argument("--alpha", type=float, default=2.0, help="ALS: extra weight of an observed interaction [2]")
+    p.add_argument("--reg", type=float, default=1.0, help="ALS: L2 regularisation [1]")
+    p.add_argument("--iterations", type=int, default=15, help="ALS: sweeps over users and items [15]")
+    p.add_argument("--min-count", type=int, default=5, help="drop users and items with fewer interactions, iterated [5]")
+    p.add_argument("--max-users", type=int, help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
+    p.add_argument("--seed", type=int, default=0, help="users and interactions of the toy world, start of ALS [0]")
+    p.add_argument("--world-seed", type=int, default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
+    args = p.parse_args(argv)
+    if args.dataset != "toy" and not args.source:
+        raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")
+    args.out = args.out or f"data/{Path(args.source).name if args.source else 'toy'}"
+    return args
+
+
+if __name__ == "__main__":
+    run_script(lambda: prepare(parse_args()))
