@@ -1,0 +1,492 @@
+"""The item-language model: item encoder -> linear adapter -> soft tokens between the words of a frozen LLM. Reads, ranks, writes.
+
+    python ilm.py --run out/toy/ilm "Describe {item:007}."              # one answer
+    python ilm.py --run out/toy/ilm                                     # a conversation
+
+Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2.py, judged by evaluate.py.
+
+    CF vector of an item or a user --(Q-Former or MLP)--> K states --(Linear)--> K soft tokens ---.
+    prompt: "History of user <u><u>: Amber Key <3><3>, Jade Road <8><8>. Next:" --(embedding)--> frozen LLM -> p(next token)
+
+Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
+decoder-only checkpoint you name, and an item that occurs several times in a batch is encoded once.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from data import InputError, load_dataset, run_script
+from qformer import QFormer, QFormerConfig
+
+hf_logging.disable_progress_bar()
+SOFT = "<|soft|>"     # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
+SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def pick_device(name=None):
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def precision(device):
+    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names, and the trie that keeps ranking inside the catalogue
+
+
+def item_names(dataset, tokenizer, style="title", max_tokens=0):
+    """The string by which each item is named: its title, or a random number from 1001 (OpenP5's random indexing).
+
+    max_tokens cuts long titles; names that the cut makes equal get a running number within the same length.
+    """
+    if style == "random":
+        order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
+        return [f"item_{1001 + k}" for k in order]
+    names, taken = [], set()
+    for item in dataset.items:
+        title = item["title"].replace(SOFT, "")
+        ids = tokenizer(" " + title, add_special_tokens=False)["input_ids"]
+        cut = lambda n: tokenizer.decode(ids[:n]).strip()
+        name, count = (title if not max_tokens or len(ids) <= max_tokens else cut(max_tokens)), 1
+        while not name or name in taken:
+            count += 1
+            suffix = f" ({count})"
+            name = cut(max(0, max_tokens - len(tokenizer(suffix, add_special_tokens=False)["input_ids"]))) + suffix
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+class Trie:
+    """A prefix tree over token sequences in flat arrays: node n has children first[n] .. first[n] + count[n], reached by token[.].
+
+    renormalize: p is divided among a node's children, so an only child is certain and a name is decided as soon as its prefix is its
+    own: the tree ends there (item[n] >= 0). Otherwise every name keeps all its tokens. Names end with an end token, so that none is
+    the prefix of another.
+    """
+
+    def __init__(self, names, renormalize=True):
+        if len(set(map(tuple, names))) < len(names):
+            raise InputError("two items have names of equal tokens; raise --name-tokens or use --item-names random")
+        order = sorted(range(len(names)), key=lambda i: names[i])
+        first, count, token, item = [0], [0], [-1], [-1]
+        queue = [(0, 0, len(order), 0)]  # node, its range in the sorted names, its depth
+        for node, start, end, depth in queue:
+            if end - start == 1 and (renormalize or depth == len(names[order[start]])):
+                item[node] = order[start]
+                continue
+            first[node] = len(token)
+            while start < end:
+                stop = start
+                while stop < end and names[order[stop]][depth] == names[order[start]][depth]:
+                    stop += 1
+                queue.append((len(token), start, stop, depth + 1))
+                token.append(names[order[start]][depth])
+                first.append(0), count.append(0), item.append(-1)
+                start = stop
+            count[node] = len(token) - first[node]
+        self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
+        self.num_items, self.renormalize = len(names), renormalize
+
+    def to(self, device):
+        self.first, self.count, self.token, self.item = (x.to(device) for x in (self.first, self.count, self.token, self.item))
+        return self
+
+
+def segment_logsumexp(x, segment, num_segments):
+    """log sum exp of x (N,) within each segment (N,) -> (num_segments,)."""
+    top = torch.full((num_segments,), -torch.inf, device=x.device).scatter_reduce(0, segment, x, "amax")
+    return top + torch.zeros_like(top).index_add(0, segment, (x - top[segment]).exp()).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: all prefixes of a history in one sequence
+
+
+def pack(examples):
+    """Examples (prompt ids, target ids) that share beginnings -> one row: a trunk, and a branch for each example.
+
+        trunk     u A B C D          the longest prompt; a branch leaves it where its own prompt differs
+        branch 1    A | . Next: B    sees u A and itself
+        branch 2    A B | . Next: C  sees u A B and itself
+        branch 3    A B C | . Next: D
+
+    Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
+    one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
+    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label.
+    """
+    trunk = max((prompt for prompt, _ in examples), key=len)
+    shared = []
+    for prompt, _ in examples:
+        n = next((k for k, (a, b) in enumerate(zip(prompt, trunk)) if a != b), len(prompt))
+        shared.append(min(n, len(prompt) - 1))
+    n = max(shared)
+    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n}
+    for number, ((prompt, target), n) in enumerate(zip(examples, shared), 1):
+        ids = prompt[n:] + target
+        row["ids"] = row["ids"] + ids[:-1]
+        row["position"] += range(n, n + len(ids) - 1)
+        row["branch"] += [number] * (len(ids) - 1)
+        row["attach"] += [n] * (len(ids) - 1)
+        row["label"] += [-100] * (len(prompt) - n - 1) + target
+    return row
+
+
+def collate(rows):
+    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels."""
+    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100}
+    return {key: torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows]) for key, pad in fill.items()}
+
+
+def packed_attention(batch):
+    """Who may see whom in packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands before it in its own branch,
+    and the part of the trunk before its branch left:
+
+        key      u A B C | . : | . : | . :
+        trunk C  x x x x   . .   . .   . .
+        . : of 1 x x . .   x x   . .   . .       branch 1 left after A
+        . : of 2 x x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1
+    """
+    branch, position, attach = batch["branch"], batch["position"], batch["attach"]
+    L = branch.shape[1]
+    earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
+    own = (branch[:, :, None] == branch[:, None, :]) & earlier
+    trunk = (branch[:, None, :] == 0) & (position[:, None, :] < attach[:, :, None])
+    return (own | trunk)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class MLPEncoder(nn.Module):
+    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, K * hidden); no text ever shaped it. (N, E) -> (N, K, hidden)."""
+
+    def __init__(self, cf_dim, num_soft, hidden):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_soft * hidden))
+        self.num_soft = num_soft
+
+    def encode(self, cf):
+        return self.net(cf).view(len(cf), self.num_soft, -1)
+
+
+class ILM(nn.Module):
+    """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users."""
+
+    def __init__(self, llm, tokenizer, encoder, num_soft, dataset, config):
+        super().__init__()
+        self.llm, self.tokenizer, self.encoder, self.config = llm, tokenizer, encoder, config
+        self.train_llm = config["train_llm"]
+        self.K, self.num_items, self.dataset = num_soft, len(dataset.items), dataset
+        self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
+        self.context = min(getattr(llm.config, "max_position_embeddings", None) or 1 << 20, 1 << 20)
+        self.register_buffer("cf", torch.cat([dataset.item_cf, dataset.user_cf]), persistent=False)
+        tokenizer.add_tokens([SOFT], special_tokens=True)
+        self.soft_id = tokenizer.convert_tokens_to_ids(SOFT)
+        self.zero_soft = False  # a control of evaluate.py
+        hidden = llm.get_input_embeddings().embedding_dim
+        self.adapter = None
+        if encoder is not None:
+            self.adapter = nn.Linear(encoder.config.width, hidden) if isinstance(encoder, QFormer) else nn.Identity()
+            self.match_embedding_scale()
+        llm.requires_grad_(self.train_llm)
+
+    def train(self, mode=True):
+        """A frozen LLM stays in eval mode, whatever its parent does: its dropout would be noise that nothing can learn from."""
+        super().train(mode)
+        if not self.train_llm:
+            self.llm.eval()
+        return self
+
+    @torch.no_grad()
+    def match_embedding_scale(self):
+        """Soft tokens start as loud as words: rescale the last Linear so that its outputs have the RMS of the LLM's embeddings."""
+        vocabulary = torch.arange(min(4096, self.llm.get_input_embeddings().num_embeddings), device=self.llm.device)
+        words = self.llm.get_input_embeddings()(vocabulary).float().pow(2).mean().sqrt()
+        last = self.adapter if isinstance(self.adapter, nn.Linear) else self.encoder.net[2]
+        training, _ = self.encoder.training, self.encoder.eval()
+        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0))
+        last.bias.zero_()
+        last.weight.mul_(words.cpu() / self.adapter(self.encoder.encode(probe)).pow(2).mean().sqrt())
+        self.encoder.train(training)
+
+    # -- prompts
+
+    def prompt_ids(self, template, user=None, history=(), items=(), named=True):
+        """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
+
+        The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the
+        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks).
+        """
+        items, history = list(items), list(history)
+        while True:
+            entities, queue = [], list(items)
+
+            def soft(entity):
+                entities.append(entity)
+                return SOFT * self.K if self.encoder is not None else ""
+
+            def mention(item, named=True):
+                tokens_only = self.config["prompt_items"] == "tokens" and self.encoder is not None
+                return (self.names[item] if named and not tokens_only else "") + soft(item)
+
+            def fill(match):
+                if match[1] == "user":
+                    label = "user" if self.encoder is not None else f"user {self.dataset.users[user]}"
+                    return label + soft(self.num_items + user)
+                if match[1] == "history":
+                    return ", ".join(mention(int(item)) for item in history)
+                return mention(queue.pop(0), named) or "this item"
+
+            text = re.sub(r"\{(user|history|item)\}", fill, template.replace(SOFT, ""))
+            ids = self.tokenizer(text)["input_ids"]
+            if self.encoder is not None:
+                slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
+                assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
+                ids = [next(slots) if i == self.soft_id else i for i in ids]
+            if len(ids) + 64 <= self.context or not history:
+                break
+            history = history[1:]
+        if len(ids) >= self.context:
+            raise InputError(f"a prompt of {len(ids)} tokens does not fit the LLM's context of {self.context}: {text[:60]!r}")
+        return ids
+
+    def target_ids(self, text):
+        return self.tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+
+    # -- forward
+
+    def soft_tokens(self, entities):
+        """Indices of items and users (N,) -> their soft tokens (N, K, hidden)."""
+        tokens = self.adapter(self.encoder.encode(self.cf[entities]))
+        return tokens * 0 if self.zero_soft else tokens
+
+    def embed(self, ids):
+        """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft tokens from the item encoder.
+        Each item or user is encoded once, however often it occurs in the batch."""
+        is_soft = ids >= SOFT_BASE
+        embeddings = self.llm.get_input_embeddings()(ids.masked_fill(is_soft, 0))
+        if is_soft.any():
+            slots = ids[is_soft] - SOFT_BASE
+            entities, inverse = torch.unique(slots // self.K, return_inverse=True)
+            tokens = self.soft_tokens(entities)[inverse, slots % self.K].to(embeddings.dtype)
+            embeddings = embeddings.index_put((is_soft,), tokens)
+        return embeddings
+
+    def body(self, embeddings, attention_mask, position_ids, cache=None, use_cache=False):
+        """The LLM without its head -> last hidden states (B, L, hidden), cache."""
+        out = self.llm.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
+                                  past_key_values=cache, use_cache=use_cache)
+        return out.last_hidden_state, out.past_key_values
+
+    def head(self, hidden):
+        return self.llm.get_output_embeddings()(hidden).float()
+
+    def forward(self, batch):
+        """Packed rows (see collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order."""
+        embeddings = self.embed(batch["ids"])
+        may_attend = packed_attention(batch)
+        mask = torch.zeros(may_attend.shape, dtype=embeddings.dtype, device=embeddings.device)
+        mask.masked_fill_(~may_attend, torch.finfo(mask.dtype).min)  # additive: every attention implementation agrees on it
+        hidden, _ = self.body(embeddings, mask, batch["position"])
+        wanted = batch["label"] >= 0
+        nll = nn.functional.cross_entropy(self.head(hidden[wanted]), batch["label"][wanted], reduction="none")
+        return nll.sum(), nll
+
+    # -- inference
+
+    def trie(self, renormalize=True):
+        return Trie([self.target_ids(name) for name in self.names], renormalize).to(self.cf.device)
+
+    def left_pad(self, prompts):
+        """Prompts of unequal length -> ids, mask (B, L), positions: real tokens end at the right, where generation goes on."""
+        L = max(map(len, prompts))
+        ids = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=self.cf.device)
+        mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=self.cf.device)
+        return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def rank(self, prompts, trie, beams=0):
+        """log p of every item's name after each prompt: (B, I). beams=0 follows every prefix (exact); otherwise the best `beams` a user,
+        and items whose prefixes were dropped have -inf.
+
+        score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
+        """
+        ids, mask, position = self.left_pad(prompts)
+        B, device = len(prompts), ids.device
+        scores = torch.full((B, trie.num_items), -torch.inf, device=device)
+        hidden, cache = self.body(self.embed(ids), mask, position, use_cache=True)
+        hidden, position = hidden[:, -1], position[:, -1]
+        user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
+        while len(node):
+            logits = self.head(hidden)                                                         # (N, V)
+            parent = torch.repeat_interleave(torch.arange(len(node), device=device), trie.count[node])
+            offset = torch.arange(len(parent), device=device) - (trie.count[node].cumsum(0) - trie.count[node])[parent]
+            child = trie.first[node][parent] + offset                                          # all continuations of all beams
+            logit = logits[parent, trie.token[child]]
+            total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else logits.logsumexp(1)
+            score = score[parent] + logit - total[parent]
+            user, item = user[parent], trie.item[child]
+            done = item >= 0
+            scores[user[done], item[done]] = score[done]
+            alive = (~done).nonzero()[:, 0]
+            if beams:
+                # A prefix can only lose from here on: below the user's `beams` best finished names it is dead.
+                finished = scores.topk(min(beams, trie.num_items), dim=1)[0][:, -1]
+                alive = alive[score[alive] > finished[user[alive]]]
+                alive = alive[score[alive].argsort(descending=True)]
+                alive = alive[user[alive].argsort(stable=True)]                                # by user, best first
+                start = torch.searchsorted(user[alive], user[alive])
+                alive = alive[torch.arange(len(alive), device=device) - start < beams]
+            if not len(alive):
+                break
+            user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
+            cache.batch_select_indices(parent)
+            mask = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], 1)
+            position = position[parent] + 1
+            hidden, cache = self.body(self.embed(trie.token[node][:, None]), mask, position[:, None], cache, True)
+            hidden = hidden[:, -1]
+        return scores
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens=48):
+        """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache)."""
+        ids, mask, _ = self.left_pad(prompts)
+        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                eos_token_id=self.tokenizer.eos_token_id,
+                                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id)
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def saved_parameters(self):
+        """What a run directory holds: encoder and adapter, and the LLM only where it was trained."""
+        return {n: p for n, p in self.named_parameters() if self.train_llm or not n.startswith("llm.")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and loading
+
+
+def load_llm(name, device):
+    """A decoder-only LLM and its tokenizer from a folder or a hub id, in the device's number type."""
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
+        raise InputError(f"--llm {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+    try:
+        dtype = torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--llm {name}: {str(error).splitlines()[0]}") from None
+
+
+def build_ilm(config, dataset, device):
+    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller."""
+    llm, tokenizer = load_llm(config["llm"], device)
+    if config["method"] == "text":
+        encoder = None
+    elif config["method"] == "mlp":
+        encoder = MLPEncoder(dataset.item_cf.shape[1], config["num_queries"], llm.get_input_embeddings().embedding_dim)
+    else:
+        encoder = QFormer(QFormerConfig(**config["qformer"]))
+        encoder.freeze_text()
+    return ILM(llm, tokenizer, encoder, config["num_queries"], dataset, config).to(device)
+
+
+def load_weights(parameters, path):
+    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
+    tensors = load_file(path)
+    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
+    if wrong:
+        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def read_config(run, kind):
+    """config.json of a run directory of the given kind, stage1 or stage2."""
+    path = Path(run) / "config.json"
+    if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
+        raise InputError(f"{run}: not a finished {kind} run (no config.json and model.safetensors); run train_{kind}.py --out {run} first")
+    config = json.loads(path.read_text())
+    if config.get("kind") != kind:
+        raise InputError(f"{run}: is a {config.get('kind')} run, expected {kind}")
+    return config
+
+
+def load_ilm(run, device, data=None):
+    """A trained ILM in eval mode from a run directory of train_stage2.py."""
+    config = read_config(run, "stage2")
+    model = build_ilm(config, load_dataset(data or config["data"]), device)
+    load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talking to it
+
+
+def answer(model, text):
+    """Answer one prompt with {item:ID}, {user:ID}, {history:ID,ID} in it (original ids)."""
+    item_of = {item["id"]: i for i, item in enumerate(model.dataset.items)}
+    user_of = {name: u for u, name in enumerate(model.dataset.users)}
+    items, users, history = [], [], []
+
+    def resolve(match):
+        for name in match[2].split(","):
+            table = user_of if match[1] == "user" else item_of
+            if name not in table:
+                raise InputError(f"no {'user' if match[1] == 'user' else 'item'} with the id {name!r} in {model.dataset.path}")
+            {"item": items, "user": users, "history": history}[match[1]].append(table[name])
+        return "{" + match[1] + "}"
+
+    template = re.sub(r"\{(item|user|history):([^{}]+)\}", resolve, text)
+    if len(users) > 1:
+        raise InputError("one {user:ID} a prompt")
+    prompt = model.prompt_ids(template, users[0] if users else None, history, items)
+    return model.generate([prompt])[0]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
+    p.add_argument("--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]")
+    p.add_argument("--data", help="prepared folder [the run's]")
+    p.add_argument("--device", help="[cuda if there is one, else cpu]")
+    p.add_argument("--seed", type=int, default=0, help="unused: answers are greedy [0]")
+    args = p.parse_args()
+    model = load_ilm(args.run, pick_device(args.device), args.data)
+    if args.prompt:
+        return print(answer(model, args.prompt))
+    print("Mention {item:ID}, {user:ID} or {history:ID,ID}; an empty line or Ctrl-D leaves.")
+    while line := (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip():
+        try:
+            print(answer(model, line))
+        except InputError as error:
+            print(error)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,333 @@
+"""The Q-Former and the five losses that align it with text (stage 1). Needs torch alone; lift it out of here if you like.
+
+A Q-Former turns a collaborative-filtering (CF) vector into Q soft tokens. It is a small BERT with two inputs, learned *query*
+tokens and *text* tokens, which share self-attention and part ways in the feed-forward. Only the queries can see the CF vector, by
+cross-attention in every second layer. Which of them may see which is set by one function, attention_pattern(), and that function
+is the heart of the method: the same weights contrast (ITC), match (ITM) and write (ITG) texts.
+
+Source: BLIP-2 (arXiv 2301.12597, section 3) with a CF vector in place of an image; ILM (arXiv 2406.02844) adds the item-item (II)
+and user-item (UI) losses. A user is one more item: the same encoder reads user vectors.
+
+Dimension letters, for the whole project:
+    B batch   Q queries = soft tokens per item   T text tokens   M CF key tokens   D Q-Former width   E CF width
+    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    cf_dim: int              # E
+    vocab_size: int          # V of the text branch
+    num_queries: int = 4     # Q. BLIP-2 has 32; the paper's curve is best at a few
+    width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
+    layers: int = 4
+    heads: int = 4           # H
+    cf_tokens: int = 4       # M. One key would make the softmax of cross-attention trivial (always 1): see CFKeys
+    proj_dim: int = 64       # P. 256 in BLIP-2
+    max_text: int = 48       # T at most. 32 in BLIP-2
+    dropout: float = 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may see whom
+
+
+def attention_pattern(pattern, num_queries, text_mask):
+    """The three patterns of BLIP-2's figure 2. text_mask (B, T), True at real tokens -> (B, 1, Q+T, Q+T), True means "may attend".
+
+                separate (ITC)         joint (ITM)            causal (ITG)
+                keys q q t t t         keys q q t t t         keys q q t t t
+        query q      x x . . .              x x x x x              x x . . .
+        query q      x x . . .              x x x x x              x x . . .
+        text  t      . . x x x              x x x x x              x x x . .
+        text  t      . . x x x              x x x x x              x x x x .
+        text  t      . . x x x              x x x x x              x x x x x
+
+    separate: neither knows the other, so that their similarity is a fair question.   joint: they may compare notes.
+    causal: text is written word by word from what the queries say; queries never peek at the text they must explain.
+    """
+    (B, T), Q = text_mask.shape, num_queries
+    allowed = torch.zeros(Q + T, Q + T, dtype=torch.bool, device=text_mask.device)
+    allowed[:Q, :Q] = True
+    if pattern == "separate":
+        allowed[Q:, Q:] = True
+    elif pattern == "joint":
+        allowed[:] = True
+    elif pattern == "causal":
+        allowed[Q:, :Q] = True
+        allowed[Q:, Q:] = torch.ones(T, T, dtype=torch.bool, device=text_mask.device).tril()
+    else:
+        raise ValueError(f"unknown attention pattern {pattern!r}")
+    keys = torch.cat([text_mask.new_ones(B, Q), text_mask], 1)  # nobody attends to padding
+    return allowed & keys[:, None, None, :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building blocks (BERT's: LayerNorm *after* each residual sum, erf gelu)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with residual and LayerNorm. x (B, N, D), context (B, S, D), mask (B, 1, N, S) or None -> (B, N, D)."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.heads, self.dropout = heads, dropout
+
+    def forward(self, x, context, mask=None):
+        B, N, D = x.shape
+        split = lambda y: y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)        # (B, H, N, D/H)
+        y = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(context)), split(self.value(context)),
+                                           attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        y = self.out(y.transpose(1, 2).reshape(B, N, D))
+        return self.norm(x + F.dropout(y, self.dropout, self.training))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = dropout
+
+    def forward(self, x):
+        return self.norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+
+
+class Layer(nn.Module):
+    """Shared self-attention; cross-attention to the CF keys for queries alone; a feed-forward for each kind."""
+
+    def __init__(self, config, cross):
+        super().__init__()
+        self.self_attention = Attention(config.width, config.heads, config.dropout)
+        self.cross_attention = Attention(config.width, config.heads, config.dropout) if cross else None
+        self.query_ffn = FeedForward(config.width, config.dropout)
+        self.text_ffn = FeedForward(config.width, config.dropout)
+
+    def forward(self, x, num_queries, cf_keys, mask):
+        x = self.self_attention(x, x, mask)
+        queries, text = x[:, :num_queries], x[:, num_queries:]
+        if num_queries and self.cross_attention is not None:
+            queries = self.cross_attention(queries, cf_keys)
+        return torch.cat([self.query_ffn(queries), self.text_ffn(text)], 1)
+
+
+class CFKeys(nn.Module):
+    """A CF vector (B, E) -> M key tokens (B, M, D).
+
+    An image gives BLIP-2's queries 257 patches to choose from. One CF vector as one key gives them no choice: softmax over a single
+    key is 1, and cross-attention is a learned linear map added to every query alike. M projections give the queries something to
+    attend *between*.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.cf_dim, config.cf_tokens * config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.tokens = config.cf_tokens
+
+    def forward(self, cf):
+        return self.norm(self.linear(cf).view(len(cf), self.tokens, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class QFormer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
+        self.cf_keys = CFKeys(config)
+        self.words = nn.Embedding(config.vocab_size, D)
+        self.positions = nn.Embedding(config.max_text, D)  # text alone: queries have no order
+        self.norm = nn.LayerNorm(D, eps=1e-12)
+        self.layers = nn.ModuleList(Layer(config, cross=i % 2 == 0) for i in range(config.layers))
+        # Heads, one a loss
+        self.query_proj, self.text_proj = nn.Linear(D, config.proj_dim), nn.Linear(D, config.proj_dim)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.itm_head = nn.Linear(D, 2)
+        self.lm_transform, self.lm_norm = nn.Linear(D, D), nn.LayerNorm(D, eps=1e-12)
+        self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.queries, std=0.02)
+        nn.init.normal_(self.cf_keys.linear.weight, std=1 / math.sqrt(config.cf_dim))  # CF vectors differ from the first step on
+
+    def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint"):
+        """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None where there was no input."""
+        parts, mask, num_queries = [], None, 0
+        if cf is not None:
+            num_queries = self.config.num_queries
+            parts.append(self.queries.expand(len(cf), -1, -1))
+        if text_ids is not None:
+            T = text_ids.shape[1]
+            parts.append(self.words(text_ids) + self.positions(torch.arange(T, device=text_ids.device)))
+            mask = attention_pattern(pattern, num_queries, text_mask)
+        x = F.dropout(self.norm(torch.cat(parts, 1)), self.config.dropout, self.training)   # (B, Q+T, D)
+        cf_keys = None if cf is None else self.cf_keys(cf)                                  # (B, M, D)
+        for layer in self.layers:
+            x = layer(x, num_queries, cf_keys, mask)
+        return (x[:, :num_queries] if num_queries else None), (x[:, num_queries:] if text_ids is not None else None)
+
+    def encode(self, cf):
+        """CF vectors of items or users (B, E) -> Q soft tokens each (B, Q, D). This is all that stage 2 uses."""
+        return self(cf)[0]
+
+    def freeze_text(self):
+        """Stage 2 reads CF vectors alone: what encode() does not touch gets no gradient and is not shown as trainable."""
+        used = ("queries", "cf_keys", "norm", "self_attention", "cross_attention", "query_ffn")
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            parameter.requires_grad_(parts[0] in used or parts[0] == "layers" and parts[2] in used)
+
+    def query_features(self, query_states):
+        return F.normalize(self.query_proj(query_states), dim=-1)                           # (B, Q, P)
+
+    def text_features(self, text_states):
+        return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)                       # (B, P), from [CLS]
+
+    def match_logits(self, cf, text_ids, text_mask):
+        """Does this text belong to this item? (B, 2): the mean over queries of a linear head. "joint" pattern."""
+        return self.itm_head(self(cf, text_ids, text_mask, "joint")[0]).mean(1)
+
+    def lm_logits(self, text_states):
+        """Next-token logits (B, T, V); the output table is the input table, as in BERT."""
+        return self.lm_norm(F.gelu(self.lm_transform(text_states))) @ self.words.weight.T + self.lm_bias
+
+    def scale(self):
+        """1 / temperature, the learned temperature kept in a sane range. At the start 1 / .07."""
+        return 1 / self.temperature.clamp(0.001, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The five losses: pure functions, tensors in, scalar out
+
+
+def item_text_similarity(query_features, text_features):
+    """(B, Q, P), (B, P) -> (B, B): item i against text j, the best of its Q queries. In [-1, 1]."""
+    return torch.einsum("iqp,jp->ijq", query_features, text_features).amax(2)
+
+
+def pair_similarity(a, b):
+    """(B, Q, P), (B, Q, P) -> (B, B): the best of the Q x Q pairs of queries. DEVIATION: the paper does not say how it pools."""
+    return torch.einsum("iqp,jkp->ijqk", a, b).amax((2, 3))
+
+
+def contrastive(logits, same, label_smoothing=0.0):
+    """Mean cross-entropy of rows with the diagonal as target. same (B, B) bool: duplicates, which are neither target nor negative."""
+    B = len(logits)
+    eye = torch.eye(B, dtype=torch.bool, device=logits.device)
+    log_p = logits.float().masked_fill(same & ~eye, -torch.inf).log_softmax(1)
+    counted = ~same | eye
+    smooth = log_p.masked_fill(~counted, 0).sum(1) / counted.sum(1)
+    return -((1 - label_smoothing) * log_p.diagonal() + label_smoothing * smooth).mean()
+
+
+def itc_loss(similarity, scale, same, label_smoothing=0.1):
+    """Item-text contrastive: an item finds its text among the batch's, and a text its item.
+
+    (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i]. About ln B at the start.
+    """
+    logits = similarity * scale
+    return (contrastive(logits, same, label_smoothing) + contrastive(logits.T, same.T, label_smoothing)) / 2
+
+
+def hard_negatives(similarity, same, generator=None):
+    """For ITM: a confusable wrong text for every item and a wrong item for every text, drawn by softmax of the ITC logits.
+
+    (B, B) logits, same (B, B) -> two index tensors (B,). Duplicates are never drawn; a row that has nothing else draws itself.
+    """
+    B = len(similarity)
+    same = same | torch.eye(B, dtype=torch.bool, device=same.device)
+    draws = []
+    for logits, taken in ((similarity, same), (similarity.T, same.T)):
+        weights = logits.detach().float().softmax(1).masked_fill(taken, 0) + 1e-4 * ~taken
+        lonely = taken.all(1)
+        weights[lonely] = torch.eye(B, device=weights.device)[lonely]
+        draws.append(torch.multinomial(weights, 1, generator=generator)[:, 0])
+    return draws
+
+
+def itm_loss(logits, labels):
+    """Item-text matching: is this pair real? logits (N, 2), labels (N,) 1 or 0 -> scalar.
+
+    N = 3B: true pairs, items with a wrong text, texts with a wrong item. At the start about .69; always answering "no" gives .64.
+    """
+    return F.cross_entropy(logits.float(), labels)
+
+
+def itg_loss(logits, text_ids, text_mask, label_smoothing=0.1):
+    """Item-grounded text generation: -log p(next token | queries, tokens so far), the mean over real tokens.
+
+    logits (B, T, V) at [DEC] t1 t2 ..., text_ids (B, T) with t1 at position 1 -> scalar. About ln V at the start.
+    """
+    targets = text_ids[:, 1:].masked_fill(~text_mask[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, label_smoothing=label_smoothing)
+
+
+def ii_loss(similarity, scale, same):
+    """Item-item contrastive: items that one user chose within a few steps find each other (the paper's new loss).
+
+    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start; if it stays there, the max over pairs has
+    collapsed: look at the logged accuracy, chance is 1 / B.
+    """
+    logits = similarity * scale
+    return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
+
+
+def ui_loss(similarity, scale, same):
+    """User-item contrastive: ii_loss with a user's CF vector on one side (row i is a user, column i an item of theirs)."""
+    return ii_loss(similarity, scale, same)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting from BERT
+
+
+BERT_LAYER = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
+              "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
+              "self_attention.norm": "attention.output.LayerNorm", "text_ffn.up": "intermediate.dense",
+              "text_ffn.down": "output.dense", "text_ffn.norm": "output.LayerNorm"}
+BERT_TOP = {"words": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings", "norm": "embeddings.LayerNorm",
+            "lm_transform": "cls.predictions.transform.dense", "lm_norm": "cls.predictions.transform.LayerNorm"}
+
+
+@torch.no_grad()
+def init_from_bert(model, state):
+    """Copy a BERT state dict into the text branch, and its feed-forward into the queries' as well (BLIP-2's start).
+
+    The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
+    Returns two lists: the names of our parameters that were loaded, and of those that were not.
+    """
+    state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
+    names = {ours: theirs for ours, theirs in BERT_TOP.items()}
+    for i in range(len(model.layers)):
+        for ours, theirs in BERT_LAYER.items():
+            names[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"
+            names[f"layers.{i}.{ours.replace('text_ffn', 'query_ffn')}"] = f"encoder.layer.{i}.{theirs}"
+    loaded = []
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        source = state.get(f"{names.get(module)}.{kind}")
+        if source is None:
+            continue
+        rows = min(len(source), len(parameter)) if module in ("words", "positions") else len(parameter)
+        if source[:rows].shape != parameter[:rows].shape:
+            raise ValueError(f"{names[module]}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; "
+                             "set --width and --layers to BERT's")
+        parameter[:rows] = source[:rows]
+        loaded.append(name)
+    return loaded, [name for name, _ in model.named_parameters() if name not in loaded]

@@ -1,0 +1,379 @@
+"""Stage 1: item-language representation learning. Teaches the Q-Former to say in text space what CF vectors know.
+
+    python train_stage1.py                                   # toy world, CPU: about 1 minute
+    python train_stage1.py --losses itc itm itg              # the paper's ILM-IT; itc itm itg ii is ILM-IT-II, and so on
+    python train_stage1.py --data data/ml-1m --init-bert bert-base-uncased-folder --width 768 --layers 8 --num-queries 8
+
+Every step sums five losses, each explained where it is defined (qformer.py):
+    itc  item-text contrastive      itm  item-text matching      itg  item-grounded text generation      on items with training texts
+    ii   item-item contrastive      ui   user-item contrastive                                            on all training interactions
+Held-out items lend their CF vectors to ii and ui, and their texts to nothing. The best checkpoint has the lowest itc + itm + itg on
+the validation items. DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
+
+The first part of this file is what both training scripts need: schedule, optimizer, run directory.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from data import InputError, load_dataset, run_script
+from ilm import autocast, pick_device, precision
+from qformer import (QFormer, QFormerConfig, hard_negatives, ii_loss, init_from_bert, itc_loss, item_text_similarity, itg_loss,
+                     itm_loss, pair_similarity, ui_loss)
+
+LOSSES = ("itc", "itm", "itg", "ii", "ui")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by both stages
+
+
+def add_training_args(p, out, steps, batch_size, lr):
+    p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
+    p.add_argument("--out", default=out, help=f"run directory [{out}]")
+    p.add_argument("--steps", type=int, default=steps, help=f"optimizer steps [{steps}]")
+    p.add_argument("--batch-size", type=int, default=batch_size, help=f"[{batch_size}]")
+    p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate, reached after 5 %% of the steps, then cosine to a tenth [{lr}]")
+    p.add_argument("--eval-every", type=int, default=0, help="steps between validations [a tenth of --steps]")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--device", help="[cuda if there is one, else cpu]")
+
+
+def add_qformer_args(p, **defaults):
+    p.add_argument("--num-queries", type=int, default=defaults["num_queries"], help="Q, soft tokens per item [4]")
+    p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [4]")
+    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [128]")
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth of the peak."""
+    warmup = max(1, steps // 20)
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    return peak * min(1.0, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+
+
+def make_optimizer(model, lr, weight_decay=0.05):
+    """AdamW with BLIP-2's betas and decay; norms, biases, temperature and learned queries do not decay."""
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decays = lambda n, p: p.ndim == 2
+    return torch.optim.AdamW([{"params": [p for n, p in trainable if decays(n, p)], "weight_decay": weight_decay},
+                              {"params": [p for n, p in trainable if not decays(n, p)], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.999))
+
+
+def print_parameters(model):
+    """One line a child module: what trains, what is frozen."""
+    for name, child in model.named_children():
+        total = sum(p.numel() for p in child.parameters())
+        train = sum(p.numel() for p in child.parameters() if p.requires_grad)
+        print(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable" + ("  (frozen)" if total and not train else ""))
+
+
+def write_file(path, write):
+    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+class RunDirectory:
+    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl."""
+
+    def __init__(self, args, config):
+        self.path, self.config, self.start, self.best = Path(args.out), config, 0, math.inf
+        self.state = None
+        if args.resume:
+            if not (self.path / "state.pt").is_file():
+                raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
+            before = json.loads((self.path / "config.json").read_text())
+            changed = [k for k in config if k not in ("seconds",) and config[k] != before.get(k)]
+            if changed:
+                raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
+            self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+            self.start, self.best = self.state["step"], self.state["best"]
+            lines = [x for x in (self.path / "log.jsonl").read_text().splitlines() if json.loads(x)["step"] < self.start]
+            write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1)))
+            write_file(self.path / "log.jsonl", lambda f: f.write_text(""))
+
+    def log(self, **row):
+        with open(self.path / "log.jsonl", "a") as f:
+            f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    def restore(self, parameters, optimizer, scaler):
+        if self.state:
+            with torch.no_grad():
+                for name, tensor in self.state["weights"].items():
+                    parameters[name].copy_(tensor)
+            optimizer.load_state_dict(self.state["optimizer"])
+            scaler.load_state_dict(self.state["scaler"])
+
+    def save(self, step, parameters, optimizer, scaler, loss):
+        """Called after each validation: the state always, the weights when they are the best so far."""
+        weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
+        if loss < self.best:
+            self.best = loss
+            write_file(self.path / "model.safetensors", lambda f: save_file(weights, f))
+        state = {"step": step, "best": self.best, "weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        write_file(self.path / "state.pt", lambda f: torch.save(state, f))
+
+
+def check_finite(losses, step):
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise InputError(f"step {step}: loss {name} is {value}; the last good checkpoint is kept; lower --lr")
+
+
+def progress(start, steps, what):
+    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=None, leave=False)  # None: silent without a terminal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: every one a function of (seed, step), so that a resumed run sees what an uninterrupted one would
+
+
+class Texts:
+    """All item texts as token ids: [CLS] t1 t2 ... [SEP] pad. ids, mask (I, T); `group` (I,): equal for items of equal text."""
+
+    def __init__(self, dataset, tokenizer, max_text):
+        special, self.size = {}, len(tokenizer)
+        for name in ("cls", "sep", "dec", "pad"):  # what the tokenizer lacks becomes a new row of the Q-Former's own table
+            known = getattr(tokenizer, f"{name}_token_id", None)
+            special[name] = self.size if known is None else known
+            self.size += known is None
+        self.dec = special["dec"]
+        self.ids = torch.full((len(dataset.items), max_text), special["pad"])
+        self.mask = torch.zeros(len(dataset.items), max_text, dtype=torch.bool)
+        groups, self.group = {}, torch.empty(len(dataset.items), dtype=torch.long)
+        for i, item in enumerate(dataset.items):
+            ids = tokenizer(item["text"], add_special_tokens=False)["input_ids"][:max_text - 2] if item["text"] else []
+            row = [special["cls"], *ids, special["sep"]]
+            self.ids[i, :len(row)], self.mask[i, :len(row)] = torch.tensor(row), True
+            self.group[i] = groups.setdefault(item["text"] or i, len(groups))
+
+    def batch(self, items):
+        """ids, mask cut to the longest text, and which pairs have the same text."""
+        T = int(self.mask[items].sum(1).max())
+        return self.ids[items, :T], self.mask[items, :T], self.group[items][:, None] == self.group[items][None]
+
+
+class Pairs:
+    """II pairs: two training items of one user within 5 steps. UI pairs: a user and one of their training items."""
+
+    def __init__(self, dataset, window=5):
+        self.sequences = [dataset.items_of(u, "train") for u in dataset.eligible()]
+        self.users, self.window = dataset.eligible(), window
+        self.long = [k for k, s in enumerate(self.sequences) if len(s) >= 2]
+
+    def ii(self, count, rng):
+        """(B,), (B,) item indices."""
+        pairs = []
+        for k in rng.choice(self.long, size=count):
+            s = self.sequences[k]
+            at = int(rng.integers(len(s) - 1))
+            pairs.append((s[at], s[int(rng.integers(at + 1, min(at + self.window, len(s) - 1) + 1))]))
+        return torch.tensor(np.array(pairs, dtype=np.int64)).unbind(1)
+
+    def ui(self, count, rng):
+        """(B,) user indices, each once; (B,) item indices."""
+        chosen = rng.choice(len(self.users), size=min(count, len(self.users)), replace=False)
+        items = [int(rng.choice(self.sequences[k])) for k in chosen]
+        return torch.tensor(self.users[chosen]), torch.tensor(items)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The five losses on one batch
+
+
+def item_text_losses(model, cf, ids, mask, same, dec, generator=None):
+    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B)."""
+    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
+    # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
+    queries, written = model(cf, dec_ids, mask, "causal")
+    _, read = model(None, ids, mask, "separate")
+    similarity = item_text_similarity(model.query_features(queries), model.text_features(read))
+    wrong_text, wrong_item = hard_negatives(similarity * model.scale(), same, generator)
+    rows = torch.arange(len(cf), device=cf.device)
+    item, text = torch.cat([rows, rows, wrong_item]), torch.cat([rows, wrong_text, rows])   # 3B pairs, the first B are real
+    labels = ((item == text) | same[item, text]).long()
+    return {"itc": itc_loss(similarity, model.scale(), same),
+            "itm": itm_loss(model.match_logits(cf[item], ids[text], mask[text]), labels),
+            "itg": itg_loss(model.lm_logits(written), ids, mask)}, similarity
+
+
+def pair_losses(model, dataset, texts, pairs, batch_size, losses, rng, device):
+    """II and UI on fresh pairs -> dict of scalars, and the top-1 accuracy of each beside its chance."""
+    out, accuracy = {}, {}
+    for name, draw, loss in (("ii", pairs.ii, ii_loss), ("ui", pairs.ui, ui_loss)):
+        if name in losses:
+            left, right = draw(batch_size, rng)
+            a, b = left if name == "ui" else texts.group[left], texts.group[right]
+            same = (a[:, None] == a[None]) | (b[:, None] == b[None])                        # false negatives, see ii_loss
+            if name == "ii":
+                same |= a[:, None] == b[None]
+            same.fill_diagonal_(False)
+            cf = torch.cat([(dataset.user_cf if name == "ui" else dataset.item_cf)[left], dataset.item_cf[right]]).to(device)
+            left, right = model.query_features(model.encode(cf)).chunk(2)
+            similarity = pair_similarity(left, right)
+            out[name] = loss(similarity, model.scale(), same.to(device))
+            best = similarity.masked_fill(same.to(device), -2).argmax(1)
+            accuracy[f"{name}_accuracy"] = (best == torch.arange(len(best), device=device)).float().mean().item()
+    return out, accuracy
+
+
+@torch.no_grad()
+def evaluate_texts(model, dataset, texts, items, device, chunk=256):
+    """Held-out items -> {"itc", "itm", "itg", "R@1", "R@5", "chance@1"}. Retrieval: an item's text among the texts of all of them."""
+    model.eval()
+    sums, queries, words = {}, [], []
+    for start in range(0, len(items), chunk):
+        batch = torch.tensor(items[start:start + chunk])
+        ids, mask, same = (t.to(device) for t in texts.batch(batch))
+        cf = dataset.item_cf[batch].to(device)
+        losses, _ = item_text_losses(model, cf, ids, mask, same, texts.dec, torch.Generator(device).manual_seed(0))
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(items)
+        queries.append(model.query_features(model.encode(cf)))
+        words.append(model.text_features(model(None, ids, mask, "separate")[1]))
+    words, hits = torch.cat(words), {1: 0, 5: 0}
+    group = texts.group[torch.tensor(items)].to(device)
+    for start, q in zip(range(0, len(items), chunk), queries):
+        similarity = item_text_similarity(q, words)                                         # (chunk, held-out items)
+        same = group[start:start + len(q), None] == group[None]
+        own = similarity.masked_fill(~same, -2).amax(1, keepdim=True)                       # an equal text is a hit as well
+        rank = 1 + ((similarity >= own) & ~same).sum(1)                                     # ties count against
+        for k in hits:
+            hits[k] += int((rank <= k).sum())
+    model.train()
+    return {**sums, **{f"R@{k}": v / len(items) for k, v in hits.items()}, "chance@1": 1 / len(items)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_stage1(run, dataset, device):
+    """A trained Q-Former, its texts and its config from a run directory."""
+    from ilm import load_weights, read_config
+    config = read_config(run, "stage1")
+    if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
+        raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
+                         f"{dataset.item_cf.shape[1]}; train stage 1 on this data set")
+    model = QFormer(QFormerConfig(**config["qformer"]))
+    load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
+    texts = Texts(dataset, AutoTokenizer.from_pretrained(Path(run) / "tokenizer"), config["qformer"]["max_text"])
+    return model.to(device).eval(), texts, config
+
+
+def load_bert(model, folder):
+    files = [Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"]
+    path = next((f for f in files if f.is_file()), None)
+    if path is None:
+        raise InputError(f"--init-bert {folder}: no model.safetensors or pytorch_model.bin in it")
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded, missing = init_from_bert(model, state)
+    except ValueError as error:
+        raise InputError(f"--init-bert {folder}: {error}") from None
+    print(f"--init-bert {folder}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_training_args(p, "out/toy/stage1", steps=500, batch_size=64, lr=1e-3)
+    add_qformer_args(p, num_queries=4, layers=4, width=128)
+    p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
+    p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
+    p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
+    p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
+    args = p.parse_args(argv)
+    if args.steps < 1 or args.batch_size < 2 or not 0 < args.text_fraction <= 1:
+        raise InputError("--steps must be at least 1, --batch-size at least 2, --text-fraction in (0, 1]")
+    return args
+
+
+def main():
+    args = parse_args()
+    device, began = pick_device(args.device), time.time()
+    dataset = load_dataset(args.data)
+    tokenizer_name = args.tokenizer or args.init_bert or str(Path(__file__).parent / "assets" / "toy_llm")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    heads = next(h for h in (args.width // 32, args.width // 64, 1) if h and args.width % h == 0)
+    config = QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=len(tokenizer) + 4, num_queries=args.num_queries,
+                           width=args.width, layers=args.layers, heads=12 if args.init_bert else heads)
+    texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
+    train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
+    train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
+    with_text = bool({"itc", "itm", "itg"} & set(args.losses))
+    if with_text and (len(train_items) < 2 or not valid_items):
+        raise InputError(f"{args.data}: {len(train_items)} training and {len(valid_items)} validation items with a text; "
+                         "item-text losses need 2 and 1; use --losses ii ui")
+
+    torch.manual_seed(args.seed)
+    model = QFormer(config)
+    if args.init_bert:
+        load_bert(model, args.init_bert)
+    model.to(device)
+    run = RunDirectory(args, {"kind": "stage1", "data": args.data, "losses": args.losses, "qformer": asdict(config), "seed": args.seed,
+                              "tokenizer": tokenizer_name, "init_bert": args.init_bert, "text_fraction": args.text_fraction,
+                              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr})
+    tokenizer.save_pretrained(run.path / "tokenizer")
+    parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
+    run.restore(parameters, optimizer, scaler)
+    print(f"stage 1 on {args.data}: {len(train_items)} items with training texts, {len(valid_items)} to validate, losses "
+          f"{' '.join(args.losses)}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {precision(device)}")
+    eval_every = args.eval_every or max(1, args.steps // 10)
+
+    for step in progress(run.start, args.steps, "stage 1"):
+        # -- learning rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        # -- evaluate and save
+        if step % eval_every == 0 or step == args.steps:
+            held_out = evaluate_texts(model, dataset, texts, valid_items, device) if with_text else {}
+            total = sum(held_out[k] for k in ("itc", "itm", "itg") if k in args.losses) if with_text else -float(step)
+            run.save(step, parameters, optimizer, scaler, total)
+            run.log(step=step, **{f"valid_{k}": v for k, v in held_out.items()}, seconds=time.time() - began)
+            tqdm.write(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))
+            if step == args.steps:
+                break
+        # -- losses
+        rng = np.random.default_rng([args.seed, step])
+        torch.manual_seed(int(rng.integers(2**62)))  # dropout and hard negatives too are functions of (seed, step)
+        losses = {}
+        with autocast(device):
+            if with_text:
+                batch = torch.tensor(np.sort(rng.choice(train_items, size=min(args.batch_size, len(train_items)), replace=False)))
+                ids, mask, same = (t.to(device) for t in texts.batch(batch))
+                found, _ = item_text_losses(model, dataset.item_cf[batch].to(device), ids, mask, same, texts.dec)
+                losses |= {k: v for k, v in found.items() if k in args.losses}
+            found, accuracy = pair_losses(model, dataset, texts, pairs, args.batch_size, args.losses, rng, device)
+            losses |= found
+        # -- step
+        scaler.scale(sum(losses.values())).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # -- log
+        if step % 20 == 0:
+            losses = {k: v.item() for k, v in losses.items()}
+            check_finite(losses, step)
+            run.log(step=step, **losses, **accuracy, grad_norm=norm, temperature=model.temperature.item(), lr=optimizer.param_groups[0]["lr"])
+    print(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_script(main)
