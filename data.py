@@ -47,7 +47,8 @@ def run_script(main):
     try:
         main()
     except (InputError, OSError) as error:
-        raise SystemExit((print(f"error: {' '.join(str(error).split())}", file=sys.stderr), 2)[1]) from None
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,22 +124,19 @@ def find(source, names, dataset):
     raise InputError(f"--source {source}: no {' or '.join(names)} in it{where}")
 
 
-def read_numbers(path, delimiter, skip=0):
-    """Columns user, item, timestamp (0, 1, 3) of a purely numeric log. numpy's C reader does a million lines a second."""
-    with open(path, encoding="utf-8-sig") as f:
-        rows = (line.replace("::", "\t") for line in f) if delimiter == "::" else f
-        try:
-            table = np.loadtxt(rows, delimiter="\t" if delimiter == "::" else delimiter, usecols=(0, 1, 3), skiprows=skip,
-                               ndmin=2, dtype=np.float64)
-        except ValueError as error:  # numpy counts rows from 0 after the header
-            raise InputError(f"{path}: {error} (rows count from 0{' after the header' if skip else ''}); "
-                             f"expected user, item, rating, timestamp separated by {delimiter!r}") from None
-    return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
-
-
 def read_movielens(source):
+    """u.data, ratings.dat or ratings.csv: columns user, item, rating, timestamp. numpy's C reader does a million lines a second."""
     path = find(source, ["u.data", "ratings.dat", "ratings.csv"], "movielens")
-    return read_numbers(path, {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix], skip=int(path.suffix == ".csv"))
+    separator = {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix]
+    with open(path, encoding="utf-8-sig") as f:
+        rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
+        try:
+            table = np.loadtxt(rows, delimiter=separator.replace("::", "\t"), usecols=(0, 1, 3), skiprows=int(path.suffix == ".csv"),
+                               ndmin=2)
+        except ValueError as error:
+            raise InputError(f"{path}: {error} (rows count from 0, a header apart); expected user, item, rating, timestamp "
+                             f"separated by {separator!r}") from None
+    return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
 
 
 def read_openp5(source):
@@ -163,10 +161,8 @@ def read_csv(source):
         try:
             times.append(float(row["timestamp"]))
         except ValueError:
-            raise InputError(f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number; "
-                             "write seconds since 1970 or any growing count") from None
-        users.append(row["user"])
-        items.append(row["item"])
+            raise InputError(f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number; any growing count will do") from None
+        users.append(row["user"]), items.append(row["item"])
     return np.array(users), np.array(items), np.array(times, dtype=np.float64)
 
 
@@ -291,8 +287,8 @@ def csr(rows, columns, num_rows):
     return indptr, columns[order]
 
 
-def train_cf(users, items, num_users, num_items, dim, alpha, reg, iterations, seed):
-    """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E)."""
+def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
+    """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)
     by_user, by_item = csr(users, items, num_users), csr(items, users, num_items)
     item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) / math.sqrt(dim)
@@ -329,7 +325,7 @@ TOY_HIDDEN, TOY_FOLLOW, TOY_POPULARITY = 4, 1.5, 0.6
 
 
 def toy_world(seed=0, num_items=120):
-    """The catalogue and the laws of choice: a pure function of the world seed. No interaction is drawn here.
+    """The catalogue and the laws of choice, a pure function of the world seed; no interaction is drawn here.
 
     A user is a *type*: one favourite value of every attribute, the hidden trait included, which no text mentions.
     log p(next = i) = sum of the weights of matching attributes + popularity_i + TOY_FOLLOW if i shares the last movie's setting,
@@ -367,33 +363,6 @@ def toy_interactions(world, num_users, seed):
         rows += [(u, world["items"][last[u]]["id"], step) for u in np.flatnonzero(step < length)]
     users, items, times = zip(*rows)
     return np.array(users), np.array(items), np.array(times, dtype=np.float64)
-
-
-def toy_oracle(world, histories):
-    """The Bayes-optimal recommender: p(next item | history), exact, over all user types. List of index arrays -> (U, I).
-
-    posterior(type) is the product over the history of taste / (normaliser over unwatched movies), and
-    p(i) = sum_type posterior(type) taste(type, i) follow(last, i) / normaliser(type).
-    """
-    taste, follow = torch.from_numpy(world["taste"]), torch.from_numpy(world["follow"])
-    out = []
-    for chunk in (histories[k:k + 200] for k in range(0, len(histories), 200)):
-        rows, lengths = torch.arange(len(chunk)), torch.tensor([len(h) for h in chunk])
-        padded = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
-        for row, history in enumerate(chunk):
-            padded[row, :len(history)] = torch.as_tensor(history.copy())
-        log_posterior = torch.zeros(len(chunk), len(taste))
-        context = torch.ones(len(chunk), taste.shape[1])                                        # follow * unwatched, (U, I)
-        unwatched = torch.ones_like(context)
-        for step in range(padded.shape[1]):
-            active = (step < lengths).float()[:, None]
-            item = padded[:, step]
-            log_posterior += active * (taste[:, item].T.log() - (context @ taste.T).log())
-            unwatched[rows, item] *= 1 - active[:, 0]
-            context = torch.where(active > 0, follow[item] * unwatched, context)
-        posterior = log_posterior.softmax(1) / (context @ taste.T)
-        out.append((posterior @ taste) * context)
-    return torch.cat(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,73 +424,73 @@ def write_atomically(folder, write):
             os.rename(folder, old)
         os.rename(fresh, folder)
     finally:
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True), shutil.rmtree(old, ignore_errors=True)
 
 
-def prepare(args):
-    """The whole of this file in order: read, filter, sort, index, train CF, make text tasks, write."""
-    world = toy_world(args.world_seed) if args.dataset == "toy" else None
-    if world:
-        users, item_ids, times = toy_interactions(world, args.max_users or 1000, args.seed)
-        table = {item["id"]: item for item in world["items"]}
-    else:
-        users, item_ids, times = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](args.source)
-        names = ["u.item", "movies.dat", "movies.csv"] if args.dataset == "movielens" else ["items.tsv", "items.csv", "items.jsonl"]
-        table = read_items(Path(args.items) if args.items else find(args.source, names, args.dataset))
-    if not len(users):
+def read_source(args):
+    """The raw files -> users, items, times (equal length, file order) and the item table {id: item}."""
+    if args.dataset == "toy":
+        world = toy_world(args.world_seed)
+        return *toy_interactions(world, args.max_users or 1000, args.seed), {item["id"]: item for item in world["items"]}
+    log = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](args.source)
+    names = ["u.item", "movies.dat", "movies.csv"] if args.dataset == "movielens" else ["items.tsv", "items.csv", "items.jsonl"]
+    table = read_items(Path(args.items) if args.items else find(args.source, names, args.dataset))
+    if not len(log[0]):
         raise InputError(f"--source {args.source}: no interactions in it")
-    user_names, users = np.unique(users, return_inverse=True)
-    item_names, items = np.unique(item_ids, return_inverse=True)
+    return *log, table
+
+
+def filter_and_sort(user_ids, item_ids, times, args):
+    """k-core, sample of users, time order -> original ids of users and items, and codes (nnz,) sorted by user, then time."""
+    users, items = (np.unique(ids, return_inverse=True)[1] for ids in (user_ids, item_ids))
     keep = k_core(users, items, args.min_count)
-    if args.max_users and not world:
+    if args.max_users and args.dataset != "toy":
         left = np.unique(users[keep])
         keep &= np.isin(users, np.random.default_rng(args.seed).permutation(left)[:args.max_users])
     if not keep.any():
         raise InputError(f"--min-count {args.min_count}: nothing is left of {len(users)} interactions; lower it")
-    kept_users, users = np.unique(users[keep], return_inverse=True)
-    kept_items, items = np.unique(items[keep], return_inverse=True)
+    user_names, users = np.unique(user_ids[keep], return_inverse=True)
+    item_names, items = np.unique(item_ids[keep], return_inverse=True)
     order = np.lexsort((times[keep], users))  # stable: equal times keep file order
-    users, items, num_users, num_items = users[order], items[order], len(kept_users), len(kept_items)
-    indptr = np.concatenate([[0], np.bincount(users, minlength=num_users).cumsum()])
-    print(f"{args.dataset}: {num_users:,} users, {num_items:,} items, {len(users):,} interactions")
+    return [str(u) for u in user_names], [str(i) for i in item_names], users[order], items[order]
+
+
+def prepare(args):
+    """The whole of this file in order: read, filter, sort, index, train CF, make text tasks, write."""
+    *log, table = read_source(args)
+    user_ids, item_ids, users, items = filter_and_sort(*log, args)
+    U, I = len(user_ids), len(item_ids)
+    indptr = np.concatenate([[0], np.bincount(users, minlength=U).cumsum()])
+    lengths = np.diff(indptr)
+    print(f"{args.dataset}: {U:,} users, {I:,} items, {len(users):,} interactions")
 
     # Last = test, last but one = valid. Users with fewer than 3 interactions have no targets and lend all they have to CF.
-    from_end = indptr[users + 1] - np.arange(len(users))
-    train = (from_end > 2) | (np.diff(indptr)[users] < 3)
-    if args.cf:
-        vectors = load_cf(args.cf, num_users, num_items)
-    else:
-        vectors = train_cf(users[train], items[train], num_users, num_items, args.cf_dim, args.alpha, args.reg,
-                           args.iterations, args.seed)
-    ids = [str(item_names[i]) for i in kept_items]
-    catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in ids]
+    train = (indptr[users + 1] - np.arange(len(users)) > 2) | (lengths[users] < 3)
+    vectors = load_cf(args.cf, U, I) if args.cf else train_cf(users[train], items[train], U, I, args.cf_dim, seed=args.seed)
+    catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids]
     renamed = unique_titles(catalogue)
     if renamed:
         print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
     name = Path(args.out).name
-    splits = [item_split(name, x) for x in ids]
+    splits = [item_split(name, x) for x in item_ids]
     tasks = text_tasks(catalogue, splits, load_prompts(), args.seed)
-    cf_settings = {"algorithm": args.cf or "implicit ALS", "dim": int(vectors[0].shape[1]), "alpha": args.alpha,
-                   "reg": args.reg, "iterations": args.iterations}
+    meta = {"name": name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
+            "min_count": args.min_count, "users": U, "items": I, "interactions": len(users), "short_users": int((lengths < 3).sum()),
+            "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "dim": vectors[0].shape[1]},
+            "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")}}
 
     def write(folder):
         jsonl = lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "items.jsonl").write_text(jsonl(catalogue), encoding="utf-8")
-        (folder / "users.txt").write_text("".join(f"{user_names[u]}\n" for u in kept_users), encoding="utf-8")
-        (folder / "tasks.jsonl").write_text(jsonl(tasks), encoding="utf-8")
+        for file, text in (("items.jsonl", jsonl(catalogue)), ("tasks.jsonl", jsonl(tasks)), ("users.txt", "\n".join([*user_ids, ""]))):
+            (folder / file).write_text(text, encoding="utf-8")
         np.savez(folder / "sequences.npz", indptr=indptr, items=items.astype(np.int32))
-        np.savez(folder / "cf.npz", user=vectors[0].numpy(), item=vectors[1].numpy(), settings=json.dumps(cf_settings))
-        meta = {"name": name, "dataset": args.dataset, "source": str(args.source), "seed": args.seed, "world_seed": args.world_seed,
-                "min_count": args.min_count, "users": num_users, "items": num_items, "interactions": len(users),
-                "short_users": int((np.diff(indptr) < 3).sum()), "renamed_titles": renamed, "cf": cf_settings,
-                "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")},
-                "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}}
+        np.savez(folder / "cf.npz", user=vectors[0].numpy(), item=vectors[1].numpy(), settings=json.dumps(meta["cf"]))
+        meta["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
     write_atomically(args.out, write)
-    print(f"wrote {args.out}: CF {tuple(vectors[0].shape)} and {tuple(vectors[1].shape)}, {len(tasks):,} text-task instances, "
-          f"{int((np.diff(indptr) < 3).sum())} users with fewer than 3 interactions (CF alone)")
+    print(f"wrote {args.out}: CF vectors {tuple(vectors[0].shape)} and {tuple(vectors[1].shape)}, {len(tasks):,} text-task instances, "
+          f"{meta['short_users']} users with fewer than 3 interactions (CF alone)")
 
 
 def load_cf(path, num_users, num_items):
@@ -531,10 +500,8 @@ def load_cf(path, num_users, num_items):
             user, item = z["user"], z["item"]
     except (ValueError, KeyError) as error:
         raise InputError(f"--cf {path}: {error}; expected an .npz with the float arrays `user` and `item`") from None
-    if user.ndim != 2 or user.shape[0] != num_users or item.shape != (num_items, user.shape[1]):
-        raise InputError(f"--cf {path}: user {user.shape}, item {item.shape}; expected ({num_users}, E) and ({num_items}, E)")
-    if not (np.isfinite(user).all() and np.isfinite(item).all()):
-        raise InputError(f"--cf {path}: has values that are not finite")
+    if user.ndim != 2 or len(user) != num_users or item.shape != (num_items, user.shape[1]) or not np.isfinite([user.sum(), item.sum()]).all():
+        raise InputError(f"--cf {path}: user {user.shape}, item {item.shape}; expected finite ({num_users}, E) and ({num_items}, E)")
     return torch.from_numpy(user.astype(np.float32)), torch.from_numpy(item.astype(np.float32))
 
 
@@ -546,9 +513,6 @@ def parse_args(argv=None):
     p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
     p.add_argument("--cf", help="your own CF vectors (.npz with user and item) in place of ALS")
     p.add_argument("--cf-dim", type=int, default=24, help="width E of the CF vectors [24]")
-    p.add_argument("--alpha", type=float, default=2.0, help="ALS: extra weight of an observed interaction [2]")
-    p.add_argument("--reg", type=float, default=1.0, help="ALS: L2 regularisation [1]")
-    p.add_argument("--iterations", type=int, default=15, help="ALS: sweeps over users and items [15]")
     p.add_argument("--min-count", type=int, default=5, help="drop users and items with fewer interactions, iterated [5]")
     p.add_argument("--max-users", type=int, help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
     p.add_argument("--seed", type=int, default=0, help="users and interactions of the toy world, start of ALS [0]")

@@ -73,8 +73,8 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
         name, count = (title if not max_tokens or len(ids) <= max_tokens else cut(max_tokens)), 1
         while not name or name in taken:
             count += 1
-            suffix = f" ({count})"
-            name = cut(max(0, max_tokens - len(tokenizer(suffix, add_special_tokens=False)["input_ids"]))) + suffix
+            suffix = f" {count}"
+            name = cut(max(1, max_tokens - len(tokenizer(suffix, add_special_tokens=False)["input_ids"]))) + suffix
         taken.add(name)
         names.append(name)
     return names
@@ -205,6 +205,7 @@ class ILM(nn.Module):
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         self.context = min(getattr(llm.config, "max_position_embeddings", None) or 1 << 20, 1 << 20)
         self.register_buffer("cf", torch.cat([dataset.item_cf, dataset.user_cf]), persistent=False)
+        self.name_ids = [self.target_ids(name) for name in self.names]
         tokenizer.add_tokens([SOFT], special_tokens=True)
         self.soft_id = tokenizer.convert_tokens_to_ids(SOFT)
         self.zero_soft = False  # a control of evaluate.py
@@ -320,7 +321,7 @@ class ILM(nn.Module):
     # -- inference
 
     def trie(self, renormalize=True):
-        return Trie([self.target_ids(name) for name in self.names], renormalize).to(self.cf.device)
+        return Trie(self.name_ids, renormalize).to(self.cf.device)
 
     def left_pad(self, prompts):
         """Prompts of unequal length -> ids, mask (B, L), positions: real tokens end at the right, where generation goes on."""

@@ -158,12 +158,13 @@ class QFormer(nn.Module):
         self.itm_head = nn.Linear(D, 2)
         self.lm_transform, self.lm_norm = nn.Linear(D, D), nn.LayerNorm(D, eps=1e-12)
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        std = 0.02 * math.sqrt(768 / D)  # BERT's .02 is for width 768; this keeps each layer's gain, or narrow ones sit on a long plateau
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.queries, std=0.02)
+        nn.init.normal_(self.queries, std=std)
         nn.init.normal_(self.cf_keys.linear.weight, std=1 / math.sqrt(config.cf_dim))  # CF vectors differ from the first step on
 
     def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint"):
@@ -312,8 +313,10 @@ def init_from_bert(model, state):
     The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
     Returns two lists: the names of our parameters that were loaded, and of those that were not.
     """
-    state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
-    names = {ours: theirs for ours, theirs in BERT_TOP.items()}
+    state, names = {name.removeprefix("bert."): tensor for name, tensor in state.items()}, dict(BERT_TOP)
+    kinds = state.get("embeddings.token_type_embeddings.weight")
+    if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
+        state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"] + kinds[0]
     for i in range(len(model.layers)):
         for ours, theirs in BERT_LAYER.items():
             names[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"

@@ -59,7 +59,7 @@ class Corpus:
 
     def document(self):
         return self.pick([self.fact, self.fact, self.question, self.question, self.repeat, self.naming, self.listing,
-                          self.recommendation, self.recommendation])()
+                          self.recommendation, self.recommendation, self.recommendation])()
 
     def fact(self):
         """Titles with their descriptions or their bare attributes."""
@@ -91,15 +91,18 @@ class Corpus:
         return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
 
     def recommendation(self):
-        """The ranking tasks of prompts.txt, the user given by two tastes in words, the answer a movie that meets as many as can be."""
+        """The ranking tasks of prompts.txt for an invented person: up to five tastes, told in words or not at all; history and answer
+        are drawn by how many of the tastes a movie meets. No user of the toy world is involved, nor its hidden trait, order or weights."""
         _, _, prompt, target = self.pick([t for t in self.templates if t[0] in data.RANKING_TASKS])
-        liked = self.pick(self.items)
-        tastes = [(name, liked["attributes"][name]) for name in self.some(self.names, 2, 2)]
-        fitting = [m for taste in tastes for m in self.by_value[taste]]
-        both = [m for m in self.by_value[tastes[0]] if m in self.by_value[tastes[1]]]
-        user = "a friend of " + " and ".join(self.phrase(*taste) for taste in tastes)
-        history = ", ".join(m["title"] for m in self.some(fitting, 2, 14))
-        return f"{prompt.format(user=user, history=history)} {target.format(target=self.pick(both)['title'])}"
+        liked = self.pick(self.items)["attributes"]
+        tastes = [(name, liked[name]) for name in self.some(self.names, 1, 5)]
+        matches = np.array([sum(m["attributes"][name] == value for name, value in tastes) for m in self.items])
+        p = np.exp(2.0 * matches)
+        *history, answer = self.rng.choice(len(self.items), size=int(self.rng.integers(2, 21)), replace=False, p=p / p.sum())
+        told = tastes if "{history}" not in prompt else self.some(tastes, 0, len(tastes))
+        user = " and ".join(["a friend of " + self.phrase(*told[0]), *(self.phrase(*taste) for taste in told[1:])]) if told else "user"
+        history = ", ".join(self.items[i]["title"] for i in history)
+        return f"{prompt.format(user=user, history=history)} {target.format(target=self.items[answer]['title'])}"
 
 
 def make_tokenizer(corpus, templates, vocab_size):
@@ -135,7 +138,7 @@ def train(args):
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
-        num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+        num_attention_heads=5, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))

@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, real
+
+import data
+
+
+def prepare(tmp_path, *argv):
+    data.prepare(data.parse_args([*map(str, argv), "--out", str(tmp_path / "out")]))
+    return data.load_dataset(tmp_path / "out")
+
+
+def csv_source(folder, rows, items=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "interactions.csv").write_text("user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    ids = sorted({i for _, i, _ in rows})
+    (folder / "items.csv").write_text("id,title,brand\n" + "".join(f"{i},{(items or {}).get(i, 'Title ' + str(i))},b\n" for i in ids))
+    return folder
+
+
+# -- known totals of real data
+
+
+@pytest.mark.parametrize("source, argv, totals", [
+    ("openp5-beauty", ["--dataset", "openp5"], (22363, 12101, 198502)),
+    ("openp5-ml100k", ["--dataset", "openp5", "--items", "ml-100k/u.item"], (943, 1349, 99287)),
+    ("ml-100k", ["--dataset", "movielens"], (943, 1349, 99287)),
+    ("ml-100k", ["--dataset", "movielens", "--min-count", "1"], (943, 1682, 100000)),
+    ("ml-latest-small", ["--dataset", "movielens", "--min-count", "1"], (610, 9724, 100836)),
+])
+def test_known_totals(tmp_path, source, argv, totals, capsys):
+    argv = [real("data/" + a) if a.endswith("u.item") else a for a in argv]
+    dataset = prepare(tmp_path, *argv, "--source", real("data/" + source), "--cf-dim", 4)
+    assert (dataset.meta["users"], dataset.meta["items"], dataset.meta["interactions"]) == totals
+    assert f"{totals[0]:,} users, {totals[1]:,} items, {totals[2]:,} interactions" in capsys.readouterr().out
+    assert len({item["title"] for item in dataset.items}) == totals[1]
+
+
+# -- readers
+
+
+def test_three_movielens_formats_read_alike(tmp_path):
+    rows = [(u, i, 3, 100 * u + i) for u in range(1, 7) for i in range(1, 7)]
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/u.data").write_text("".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, r, t in rows))
+    (tmp_path / "a/u.item").write_bytes("".join(f"{i}|Café {i} (1999)|01-Jan-1999||url|0|1|0|0|0|1{'|0' * 13}\n"
+                                                for i in range(1, 7)).encode("latin-1"))
+    (tmp_path / "b/ratings.dat").write_text("".join(f"{u}::{i}::{r}::{t}\n" for u, i, r, t in rows))
+    (tmp_path / "b/movies.dat").write_bytes("".join(f"{i}::Café {i} (1999)::Action|Comedy\n" for i in range(1, 7)).encode("latin-1"))
+    (tmp_path / "c/ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(f"{u},{i},{r}.5,{t}\n" for u, i, r, t in rows))
+    (tmp_path / "c/movies.csv").write_text("movieId,title,genres\n" + "".join(f"{i},Café {i} (1999),Action|Comedy\n" for i in range(1, 7)),
+                                           encoding="utf-8")
+    a, b, c = (prepare(tmp_path, "--dataset", "movielens", "--source", tmp_path / x) for x in "abc")
+    assert a.items == b.items == c.items
+    assert a.items[0] == {"id": "1", "title": "Café 1 (1999)", "text": "Café 1 (1999). genres: Action, Comedy; decade: 1990s",
+                          "attributes": {"genres": "Action, Comedy", "decade": "1990s"}}
+    assert (a.sequence == b.sequence).all() and (a.sequence == c.sequence).all()
+
+
+def test_equal_times_keep_file_order(tmp_path):
+    rows = [("u", i, 7) for i in "cabde"] + [("v", i, t) for t, i in enumerate("edcba")]
+    dataset = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "in", rows), "--min-count", 2)
+    assert [dataset.items[i]["id"] for i in dataset.items_of(0)] == list("cabde")
+    assert [dataset.items[i]["id"] for i in dataset.items_of(1, "test")] == list("edcb")
+    assert [dataset.items[i]["id"] for i in dataset.items_of(1, "train")] == list("edc")
+    assert dataset.items[dataset.target(1, "valid")]["id"] == "b" and dataset.items[dataset.target(1, "test")]["id"] == "a"
+
+
+def test_k_core_is_iterated():
+    # item 2 has one user; without it user 1 has one item, and without user 1 item 1 has one user
+    users, items = np.array([0, 0, 1, 1, 2, 2, 0, 2]), np.array([0, 3, 1, 2, 0, 3, 1, 0])
+    keep = data.k_core(users, items, 2)
+    assert sorted(zip(users[keep], items[keep])) == [(0, 0), (0, 3), (2, 0), (2, 0), (2, 3)]
+
+
+def test_equal_and_empty_titles_and_items_without_text(tmp_path):
+    rows = [(f"u{k}", i, t) for k in range(3) for t, i in enumerate("abc")]
+    source = csv_source(tmp_path / "in", rows)
+    (source / "items.csv").write_text('id,title,text\na,Same,one\nb,Same,\nc,"",\n')
+    dataset = prepare(tmp_path, "--dataset", "csv", "--source", source, "--min-count", 1)
+    assert [item["title"] for item in dataset.items] == ["Same", "Same (2)", "item c"]
+    assert [item["text"] for item in dataset.items] == ["one", "Same", ""]
+    assert all(2 not in dataset.items_in(split) for split in ("train", "valid", "test"))
+
+
+def test_users_with_fewer_than_three_interactions_train_cf_alone(tmp_path):
+    rows = [("long", i, t) for t, i in enumerate("abcd")] + [("short", "a", 1), ("short", "d", 2)]
+    dataset = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "in", rows), "--min-count", 1)
+    assert dataset.meta["short_users"] == 1 and [dataset.users[u] for u in dataset.eligible()] == ["long"]
+    assert dataset.raw_cf[1][3].abs().sum() > 0  # item d trains through `short` although it is `long`'s test item
+
+
+# -- CF
+
+
+def test_als_solves_the_normal_equations():
+    torch.manual_seed(0)
+    fixed, indptr = torch.randn(7, 3), torch.tensor([0, 2, 2, 6, 7])
+    indices = torch.tensor([1, 4, 0, 2, 3, 6, 5])
+    for budget in (1, 1 << 18):  # one row at a time, or all padded together
+        x = data.als_solve(fixed, indptr, indices, alpha=2.0, reg=0.5, budget=budget)
+        for row in range(4):
+            confidence, wanted = torch.ones(7), torch.zeros(7)
+            confidence[indices[indptr[row]:indptr[row + 1]]] = 3.0
+            wanted[indices[indptr[row]:indptr[row + 1]]] = 1.0
+            A = fixed.T @ (confidence[:, None] * fixed) + 0.5 * torch.eye(3)
+            torch.testing.assert_close(x[row], torch.linalg.solve(A, fixed.T @ (confidence * wanted)), atol=1e-5, rtol=1e-5)
+
+
+def test_cf_sees_the_training_part_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [(f"u{u}", f"i{i:02d}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:8])]
+    ends = [(f"u{u}", "planted", 100 + t) for u in range(30) for t in range(2)]
+    with_plant = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "a", rows + ends), "--min-count", 1)
+    other_ends = [(f"u{u}", f"i{(u + t) % 20:02d}", 100 + t) for u in range(30) for t in range(2)]
+    without = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "b", rows + other_ends), "--min-count", 1)
+    assert with_plant.items[-1]["id"] == "planted" and (with_plant.raw_cf[1][-1] == 0).all()
+    assert len(with_plant.items) == len(without.items) + 1
+    scores = [d.raw_cf[0] @ d.raw_cf[1][:20].T for d in (with_plant, without)]  # vectors start from other random numbers
+    torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
+
+
+def test_own_embeddings(tmp_path):
+    rows = [(f"u{u}", i, t) for u in range(5) for t, i in enumerate("abcd")]
+    source, vectors = csv_source(tmp_path / "in", rows), {"user": np.eye(5, 3), "item": np.ones((4, 3))}
+    np.savez(tmp_path / "cf.npz", **vectors)
+    dataset = prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
+    assert (dataset.raw_cf[0].numpy() == vectors["user"]).all() and dataset.raw_cf[0].dtype == torch.float32
+    np.savez(tmp_path / "cf.npz", user=np.eye(4, 3), item=np.ones((4, 3)))
+    with pytest.raises(data.InputError, match="expected finite"):
+        prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
+
+
+# -- the prepared folder
+
+
+def test_toy_is_a_function_of_its_seed(toy, tmp_path):
+    again = prepare(tmp_path, "--max-users", 150, "--cf-dim", 12)
+    assert (again.sequence == data.load_dataset(toy).sequence).all()
+    assert torch.equal(again.raw_cf[1], data.load_dataset(toy).raw_cf[1])
+    other = prepare(tmp_path, "--max-users", 150, "--seed", 1)
+    assert [i["title"] for i in other.items] == [i["title"] for i in again.items]  # --seed leaves the catalogue alone
+
+
+def test_held_out_items_are_a_function_of_their_ids_and_in_no_training_task(toy):
+    dataset = data.load_dataset(toy)
+    held_out = {i for ids in dataset.meta["held_out"].values() for i in ids}
+    assert held_out == {i for i, item in enumerate(dataset.items) if data.item_split("toy", item["id"]) != "train"}
+    assert not held_out & {i for t in dataset.tasks if t["split"] == "train" for i in t["items"]}
+    assert not any(dataset.items[i]["title"] in t["prompt"] for t in dataset.tasks for i in t["items"])
+    assert len({t["task"] for t in dataset.tasks}) >= 6
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    data.write_atomically(tmp_path / "x", lambda f: (f / "file").write_text("old"))
+    with pytest.raises(RuntimeError):
+        data.write_atomically(tmp_path / "x", lambda f: (_ for _ in ()).throw(RuntimeError()))
+    assert (tmp_path / "x" / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    dataset = prepare(tmp_path, "--max-users", 30)
+    (dataset.path / "users.txt").write_text("u\n")
+    with pytest.raises(data.InputError, match="users.txt: differs"):
+        data.load_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("files, argv, message", [
+    ({}, ["--dataset", "movielens", "--source", "."], "grouplens.org"),
+    ({"u.data": "1\t2\t3\t4\n1\tx\t3\t4\n", "u.item": "2|A|b\n"}, ["--dataset", "movielens", "--source", "."], "row 1"),
+    ({"interactions.csv": "user,item\na,b\n"}, ["--dataset", "csv", "--source", "."], "no column timestamp"),
+    ({"interactions.csv": "user,item,timestamp\na,b,noon\n"}, ["--dataset", "csv", "--source", "."], "line 2: timestamp 'noon'"),
+    ({"user_sequence.txt": "u 1 2 3\nv\n"}, ["--dataset", "openp5", "--source", "."], "user_sequence.txt, line 2"),
+    ({}, ["--dataset", "csv"], "needs --source"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, files, argv, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_openp5_prompt_lines_are_accepted(tmp_path):
+    (tmp_path / "p.txt").write_text("sequential; seen; user_{user_id} took {history}; {target}\n")
+    assert data.load_prompts(tmp_path / "p.txt") == [("sequential", "seen", "user_{user} took {history}", "{target}")]
+    (tmp_path / "p.txt").write_text("sequential; seen; no target\n")
+    with pytest.raises(data.InputError, match="line 1"):
+        data.load_prompts(tmp_path / "p.txt")
+
+
+def test_meta_counts(toy):
+    meta = json.loads((toy / "meta.json").read_text())
+    assert meta["users"] == 150 and meta["items"] == 120 and meta["cf"]["dim"] == 12

@@ -1,0 +1,252 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, real
+
+import data
+import ilm
+from ilm import SOFT_BASE, collate, pack
+from train_stage2 import Examples
+
+SEQUENTIAL = "History of {user}: {history}. Recommend the next one:"
+
+
+def prompts_of(model, users=(0, 1, 2)):
+    return [model.prompt_ids(SEQUENTIAL, user=u, history=model.dataset.items_of(u, "test")[-5 - u:]) for u in users]
+
+
+def log_p(model, prompt, target):
+    """Sum of log p(target | prompt) and its terms, straight from the LLM: no packing, no padding, no cache."""
+    ids = torch.tensor([prompt + target])
+    logits = model.llm(inputs_embeds=model.embed(ids)).logits[0].float().log_softmax(-1)
+    return logits[len(prompt) - 1:-1].gather(1, torch.tensor(target)[:, None])[:, 0]
+
+
+# -- prompts
+
+
+@pytest.mark.parametrize("method", ["ilm-rand", "mlp", "text"])
+def test_soft_tokens_follow_the_names(make_ilm, method):
+    model = make_ilm(method)
+    ids = model.prompt_ids("{history} and {item} of {user}:", user=7, history=[3, 5], items=[4])
+    slots = [i - SOFT_BASE for i in ids if i >= SOFT_BASE]
+    K = model.K if method != "text" else 0
+    assert slots == [e * model.K + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
+    words = model.tokenizer.decode([i for i in ids if i < SOFT_BASE])
+    user = "user" if K else f"user {model.dataset.users[7]}"
+    assert words == f"{model.names[3]}, {model.names[5]} and {model.names[4]} of {user}:"
+
+
+def test_text_tasks_never_name_the_item(make_ilm):
+    model = make_ilm()
+    ids = model.prompt_ids("Describe {item}.", items=[4], named=False)
+    assert model.tokenizer.decode([i for i in ids if i < SOFT_BASE]) == "Describe ."
+    assert sum(i >= SOFT_BASE for i in ids) == model.K
+
+
+def test_the_oldest_items_go_when_the_context_is_short(make_ilm):
+    model = make_ilm()
+    model.context = 64 + 40
+    ids = model.prompt_ids(SEQUENTIAL, user=0, history=list(range(30)))
+    entities = [(i - SOFT_BASE) // model.K for i in ids if i >= SOFT_BASE][::model.K]
+    assert len(ids) <= 40 and entities[0] == model.num_items and entities[1:] == list(range(30 - len(entities) + 1, 30)) and len(entities) > 3
+    with pytest.raises(data.InputError, match="does not fit"):
+        model.prompt_ids("word " * 200)
+
+
+def test_a_soft_token_in_user_text_is_not_one(make_ilm):
+    ids = make_ilm().prompt_ids(f"hello {ilm.SOFT} there")
+    assert all(i < SOFT_BASE for i in ids)
+
+
+def test_cut_names_stay_unique_and_short(make_ilm):
+    model = make_ilm()
+    model.dataset.items[0]["title"] = "Amber Window Window Window One"
+    model.dataset.items[1]["title"] = "Amber Window Window Window Two"
+    for tokens in (2, 4):
+        names = ilm.item_names(model.dataset, model.tokenizer, max_tokens=tokens)
+        assert len(set(names)) == 120
+    lengths = [len(model.tokenizer(" " + n, add_special_tokens=False)["input_ids"]) for n in names]
+    assert max(lengths) <= 4 and names[5] == model.dataset.items[5]["title"]
+    assert sorted(ilm.item_names(model.dataset, model.tokenizer, "random"))[0] == "item_1001"
+
+
+# -- the model
+
+
+@pytest.mark.parametrize("method", ["ilm-rand", "mlp"])
+def test_soft_tokens_start_as_loud_as_words(make_ilm, method):
+    model = make_ilm(method)
+    words = model.llm.get_input_embeddings().weight.pow(2).mean().sqrt()
+    soft = model.soft_tokens(torch.arange(model.num_items)).pow(2).mean().sqrt()
+    assert 0.8 < soft / words < 1.25
+
+
+def test_each_item_is_encoded_once(make_ilm):
+    model, seen = make_ilm(), []
+    encode = model.encoder.encode
+    model.encoder.encode = lambda cf: seen.append(len(cf)) or encode(cf)
+    ids = model.prompt_ids("{history}", history=[4, 9, 4, 4])
+    model.embed(torch.tensor([ids, ids]))
+    assert seen == [2]
+
+
+def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
+    model = make_ilm()
+    before = {n: p.clone() for n, p in model.llm.named_parameters()}
+    model.train()
+    assert model.encoder.training and not any(m.training for m in model.llm.modules())
+    examples = Examples(model, model.dataset)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    start = [p.clone() for p in model.adapter.parameters()]
+    for step in range(2):
+        total, nll = model(examples.batch("sequential", 2, np.random.default_rng(step)))
+        (total / len(nll)).backward()
+        optimizer.step()
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.llm.named_parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(start, model.adapter.parameters()))
+
+
+# -- packing
+
+
+@pytest.mark.parametrize("method", ["ilm-rand", "text"])
+def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
+    model = make_ilm(method)
+    window = model.dataset.items_of(0)[:9]
+    sequential = [(model.prompt_ids(SEQUENTIAL, user=0, history=window[:k]), model.name_ids[window[k]]) for k in range(1, 9)]
+    same_prompt = [(model.prompt_ids("What would {user} like?", user=1), model.name_ids[i]) for i in (3, 8, 50)]
+    single = [(model.prompt_ids("Describe {item}.", items=[3], named=False), model.target_ids("A western."))]
+    rows = [sequential, same_prompt, single]
+    with torch.no_grad():
+        total, packed = model(collate([pack(row) for row in rows]))
+        one_by_one = torch.cat([-log_p(model, prompt, target) for row in rows for prompt, target in row])
+    torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)
+    assert total.item() == pytest.approx(packed.sum().item())
+    assert len(pack(sequential)["ids"]) < sum(len(p) + len(t) for p, t in sequential) / 2
+
+
+def test_packed_rows_by_hand():
+    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0])])
+    assert row["ids"] == [1, 2, 3, 9, 5, 9, 6, 7]
+    assert row["position"] == [0, 1, 2, 2, 3, 3, 4, 5]
+    assert row["branch"] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert row["attach"] == [0, 0, 0, 2, 2, 3, 3, 3]
+    assert row["label"] == [-100, -100, -100, 5, 0, 6, 7, 0]
+    mask = ilm.packed_attention(collate([row]))[0, 0].int().tolist()
+    assert mask[4] == [1, 1, 0, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 1, 0, 0, 1, 1, 1]
+
+
+# -- ranking and writing
+
+
+def brute_force(model, prompt, names, renormalize):
+    """Every name scored alone by definition: sum over its tokens and an end token of log p, over the trie's children or all tokens."""
+    children = {}
+    for name in names:
+        for k, token in enumerate(name):
+            children.setdefault(tuple(name[:k]), set()).add(token)
+    states, scores = {}, []
+    for name in names:
+        score = 0.0
+        for k, token in enumerate(name):
+            prefix = tuple(name[:k])
+            if prefix not in states:
+                states[prefix] = model.llm(inputs_embeds=model.embed(torch.tensor([prompt + list(prefix)]))).logits[0, -1].float()
+            allowed = sorted(children[prefix]) if renormalize else range(len(states[prefix]))
+            score += (states[prefix][token] - states[prefix][list(allowed)].logsumexp(0)).item()
+        scores.append(score)
+    return torch.tensor(scores)
+
+
+@pytest.fixture()
+def tangled(make_ilm):
+    """An ILM whose 120 names share beginnings, and where one name extends another."""
+    model = make_ilm()
+    words = ["Amber", "Jade", "Velvet", "Iron", "Golden"]
+    model.names = [f"{words[i % 5]} {words[i // 5 % 5]} {words[i // 25]}" for i in range(120)]
+    model.names[7] = "Amber Jade"
+    model.name_ids = [model.target_ids(name) for name in model.names]
+    return model
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_exact_ranking_is_brute_force(tangled, renormalize):
+    prompts = prompts_of(tangled, (0, 1))
+    scores = tangled.rank(prompts, tangled.trie(renormalize))
+    with torch.no_grad():
+        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize) for p in prompts])
+    torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
+    if renormalize:
+        torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
+
+
+def test_beam_search_finds_the_exact_top(tangled, make_ilm):
+    for model in (tangled, make_ilm()):
+        prompts, trie = prompts_of(model), model.trie()
+        exact, beam = model.rank(prompts, trie), model.rank(prompts, trie, beams=40)
+        torch.testing.assert_close(beam.topk(10)[0], exact.topk(10)[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(beam.topk(10)[1], exact.topk(10)[1])
+        narrow = model.rank(prompts, trie, beams=2)
+        found = narrow > -torch.inf
+        torch.testing.assert_close(narrow[found], exact[found], atol=1e-4, rtol=1e-4)
+
+
+def test_batch_and_padding_do_not_change_scores(make_ilm):
+    model = make_ilm()
+    prompts, trie = prompts_of(model), model.trie()
+    together = model.rank(prompts, trie)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(model.rank([prompt], trie)[0], together[row], atol=1e-4, rtol=1e-4)
+
+
+def test_generate_is_greedy(make_ilm):
+    model = make_ilm()
+    prompts = prompts_of(model, (0, 1))
+    texts = model.generate(prompts, max_new_tokens=6)
+    for prompt, text in zip(prompts, texts):
+        out = []
+        while len(out) < 6 and (not out or out[-1] != model.tokenizer.eos_token_id):
+            with torch.no_grad():
+                out.append(model.llm(inputs_embeds=model.embed(torch.tensor([prompt + out]))).logits[0, -1].argmax().item())
+        assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_equal_names_are_refused():
+    with pytest.raises(data.InputError, match="equal tokens"):
+        ilm.Trie([[1, 2, 0], [1, 2, 0]])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_gpt2_works_the_same(make_ilm, tmp_path, attention):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=48, n_layer=2, n_head=3, attn_implementation=attention)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = make_ilm(llm=str(tmp_path))
+    prompt, = prompts_of(model, (0,))
+    with torch.no_grad():
+        wanted = brute_force(model, prompt, model.name_ids, True)
+        packed = model(collate([pack([(prompt, t) for t in model.name_ids[:4]])]))[1]
+        one_by_one = torch.cat([-log_p(model, prompt, t) for t in model.name_ids[:4]])
+    torch.testing.assert_close(model.rank([prompt], model.trie())[0], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)
+
+
+def test_a_real_checkpoint(make_ilm):
+    model = make_ilm(llm=real("llm/TinyStories-656K"), name_tokens=6)
+    prompts, trie = prompts_of(model), model.trie()
+    exact = model.rank(prompts, trie)
+    torch.testing.assert_close(model.rank(prompts, trie, beams=60).topk(10)[0], exact.topk(10)[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(exact.exp().sum(1), torch.ones(3), atol=1e-3, rtol=1e-3)
+    assert len(model.generate(prompts, 5)) == 3
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path):
+    for argv, message in ((["--run", "nowhere"], "not a finished stage2 run"), (["--run", str(tmp_path)], "no config.json")):
+        done = subprocess.run([sys.executable, str(ROOT / "ilm.py"), *argv, "hi"], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,241 @@
+"""Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
+
+    python train_stage2.py                                                 # ILM on the toy world, CPU: about 3 minutes
+    python train_stage2.py --method mlp --out out/toy/mlp                  # CoLLM's two-layer MLP in place of the Q-Former
+    python train_stage2.py --method ilm-rand --out out/toy/ilm-rand        # a Q-Former that skipped stage 1
+    python train_stage2.py --method text --train-llm --out out/toy/text    # OpenP5's way: names only, the LLM itself is trained
+    python train_stage2.py --data data/ml-1m --llm org/model --stage1 out/ml-1m/stage1 --out out/ml-1m/ilm
+
+The loss is the LLM's own: -log p(target tokens | prompt). It reaches the item encoder and the adapter through the frozen LLM, whose
+weights never change. Three kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
+    sequential        a window of a user's history: *every* position is a target, packed in one row (ilm.pack)
+    straightforward   a user alone: up to 20 of their training items are targets of one prompt
+    text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
+The skeleton is train_stage1.py's; a diff of the two loops shows what is different.
+"""
+import argparse
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import RANKING_TASKS, InputError, load_dataset, load_prompts, run_script
+from ilm import autocast, build_ilm, collate, pack, pick_device, precision
+from qformer import QFormerConfig
+from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, learning_rate, load_stage1, make_optimizer,
+                          print_parameters, progress)
+
+METHODS = ("ilm", "ilm-rand", "mlp", "text")
+HISTORY = 20  # OpenP5: histories are cut to the last 20 items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples and batches: every batch a function of (seed, step, micro-step)
+
+
+class Examples:
+    """Turns users and text-task instances into (prompt ids, target ids), for training, validation and test alike."""
+
+    def __init__(self, model, dataset):
+        self.model, self.dataset = model, dataset
+        self.templates = {(task, prompts): [t[2] for t in load_prompts() if t[:2] == (task, prompts)]
+                          for task in RANKING_TASKS for prompts in ("seen", "unseen")}
+        self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
+        self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}
+        self.users = np.array([u for u, s in self.sequences.items() if len(s) >= 2])
+
+    def ranking(self, task, user, history, template):
+        history = [int(i) for i in history[-HISTORY:]] if task == "sequential" else ()
+        return self.model.prompt_ids(template, user=user, history=history)
+
+    def text(self, instance):
+        prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False,
+                                       user=instance["users"][0] if instance["users"] else None)
+        return prompt, self.model.target_ids(instance["target"])
+
+    def sequential_row(self, user, template, rng):
+        """A random window of HISTORY + 1 training items; each but the first is the target of the window before it."""
+        s = self.sequences[user]
+        start = int(rng.integers(max(1, len(s) - HISTORY)))
+        window = s[start:start + HISTORY + 1]
+        return pack([(self.ranking("sequential", user, window[:k], template), self.model.name_ids[window[k]])
+                     for k in range(1, len(window))])
+
+    def straightforward_row(self, user, template, rng):
+        s = self.sequences[user]
+        prompt = self.ranking("straightforward", user, (), template)
+        return pack([(prompt, self.model.name_ids[i]) for i in rng.permutation(s)[:HISTORY]])
+
+    def batch(self, kind, size, rng):
+        """`size` packed rows of one kind; text rows are short, there are four times as many."""
+        if kind == "text":
+            pool = self.tasks["train"]
+            return collate([pack([self.text(pool[i])]) for i in rng.integers(len(pool), size=4 * size)])
+        users = rng.choice(self.users, size=size)
+        row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
+        templates = self.templates[kind, "seen"]
+        return collate([row(u, templates[rng.integers(len(templates))], rng) for u in users])
+
+    def held_out(self, split, limit, size):
+        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users. A ranking
+        row has the target as branch 1, and each of the last 50 history items as one more branch (see held_out_losses)."""
+        rng, out = np.random.default_rng(0), {}
+        users = self.dataset.eligible()
+        users = users[rng.permutation(len(users))[:limit]]
+        for task in RANKING_TASKS:
+            rows, templates = [], self.templates[task, "seen"]
+            for k, u in enumerate(users):
+                history, target = self.dataset.items_of(u, split), self.dataset.target(u, split)
+                prompt = self.ranking(task, u, history, templates[k % len(templates)])
+                rows.append(pack([(prompt, self.model.name_ids[i]) for i in [target, *sorted(set(history[-50:]) - {target})]]))
+            out[task] = [collate(rows[k:k + size]) for k in range(0, len(rows), size)]
+        pool = self.tasks[split]
+        rows = [pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
+        rows.sort(key=lambda row: len(row["ids"]))
+        out["text"] = [collate(rows[k:k + size]) for k in range(0, len(rows), size)]
+        return {kind: batches for kind, batches in out.items() if batches}
+
+
+def to(batch, device):
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def held_out_losses(model, held_out, device):
+    """{kind: mean loss}. text: -log p per target token. Ranking: -log p(target | not in the history), nats per user, about ln I at the
+    start. p(history) is divided out because a training user's CF vector contains their training targets: a trained model
+    is right to expect them, evaluation takes them out, and the plain loss would call every good model overfitted."""
+    model.eval()
+    losses = {}
+    for kind, batches in held_out.items():
+        values = []
+        for batch in batches:
+            batch = to(batch, device)
+            with autocast(device):
+                nll = model(batch)[1].double()
+            if kind == "text":
+                values.append(nll)
+                continue
+            row, column = (batch["label"] >= 0).nonzero(as_tuple=True)
+            log_p = torch.zeros(len(batch["ids"]), int(batch["branch"].max()) + 1, dtype=torch.double, device=device)
+            log_p.index_put_((row, batch["branch"][row, column]), -nll, accumulate=True)    # (B, branches): log p of each name
+            taken = (log_p.exp() * (log_p < 0)).sum(1) - log_p[:, 1].exp()
+            values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
+        losses[kind] = torch.cat(values).mean().item()
+    model.train()
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=1e-3)
+    add_qformer_args(p, num_queries=None, layers=None, width=None)
+    p.add_argument("--accumulate", type=int, default=2, help="micro-batches a step, each of one kind; averaged by target tokens [2]")
+    p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
+    p.add_argument("--stage1", default="out/toy/stage1", help="run directory of train_stage1.py, for --method ilm [out/toy/stage1]")
+    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of a decoder-only LLM [assets/toy_llm]")
+    p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
+    p.add_argument("--item-names", default="title", choices=["title", "random"], help="names in prompts and targets [title]")
+    p.add_argument("--name-tokens", type=int, default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
+    p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
+    p.add_argument("--mix", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("SEQ", "STR", "TEXT"), help="share of batches a kind")
+    args = p.parse_args(argv)
+    if args.steps < 1 or args.batch_size < 1 or args.accumulate < 1:
+        raise InputError("--steps, --batch-size and --accumulate must be at least 1")
+    return args
+
+
+def make_config(args, dataset):
+    """What a run is, as written to config.json: enough to build the model again. Returns it and the stage-1 Q-Former, if any."""
+    qformer, shape = None, {"num_queries": args.num_queries, "layers": args.layers, "width": args.width}
+    if args.method == "ilm":
+        qformer, _, stage1 = load_stage1(args.stage1, dataset, torch.device("cpu"))
+        for name, value in shape.items():
+            if value not in (None, stage1["qformer"][name]):
+                raise InputError(f"--{name.replace('_', '-')} {value}: the stage-1 run {args.stage1} has {stage1['qformer'][name]}; "
+                                 "leave it out, or train stage 1 again")
+        qformer_config = stage1["qformer"]
+    else:
+        given = {k: v for k, v in shape.items() if v is not None}
+        qformer_config = asdict(QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given))
+    return {"kind": "stage2", "method": args.method, "data": args.data, "llm": args.llm, "train_llm": args.train_llm,
+            "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
+            "num_queries": qformer_config["num_queries"], "item_names": args.item_names, "name_tokens": args.name_tokens,
+            "prompt_items": args.prompt_items, "mix": args.mix, "seed": args.seed, "steps": args.steps, "batch_size": args.batch_size,
+            "accumulate": args.accumulate, "lr": args.lr}, qformer
+
+
+def main():
+    args = parse_args()
+    device, began = pick_device(args.device), time.time()
+    dataset = load_dataset(args.data)
+    config, qformer = make_config(args, dataset)
+    torch.manual_seed(args.seed)
+    model = build_ilm(config, dataset, device)
+    if qformer is not None:
+        model.encoder.load_state_dict(qformer.state_dict())
+        model.match_embedding_scale()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    print(f"stage 2, {args.method} on {args.data} with {args.llm}, {device}, {precision(device)}")
+    print_parameters(model)
+    run = RunDirectory(args, config)
+    examples = Examples(model, dataset)
+    held_out = examples.held_out("valid", limit=128, size=2 * args.batch_size)
+    kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
+    shares[2] *= bool(examples.tasks["train"])
+    if not trainable:
+        print("nothing to train (names only, frozen LLM): the run is the LLM as it is")
+        args.steps = 0
+    parameters, optimizer = model.saved_parameters(), make_optimizer(model, args.lr) if trainable else torch.optim.AdamW([torch.zeros(1)])
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
+    run.restore(parameters, optimizer, scaler)
+    eval_every = args.eval_every or max(1, args.steps // 6)
+    model.train()
+    seen_targets = 0
+
+    for step in progress(run.start, args.steps, "stage 2"):
+        # -- learning rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        # -- evaluate and save
+        if step % eval_every == 0 or step == args.steps:
+            valid = held_out_losses(model, held_out, device)
+            run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid))
+            run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
+            tqdm.write(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
+            if step == args.steps:
+                break
+        # -- losses: the sum over all target tokens of the step's micro-batches, over their number
+        rng = np.random.default_rng([args.seed, step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
+        batches = [examples.batch(kind, args.batch_size, rng) for kind in drawn]
+        targets = sum(int((batch["label"] >= 0).sum()) for batch in batches)
+        losses = {}
+        for kind, batch in zip(drawn, batches):
+            with autocast(device):
+                total, nll = model(to(batch, device))
+            scaler.scale(total / targets).backward()
+            losses[str(kind)] = nll.detach().mean()
+        seen_targets += targets
+        # -- step
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # -- log
+        if step % 20 == 0:
+            losses = {k: v.item() for k, v in losses.items()}
+            check_finite(losses, step)
+            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=optimizer.param_groups[0]["lr"])
+    print(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_script(main)
