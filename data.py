@@ -3,9 +3,8 @@
     python data.py                                                  # the toy world                          about 5 s
     python data.py --dataset movielens --source ml-100k --out data/ml-100k                                   about 10 s
 
-A recommender knows items through *interactions* (who chose what, in which order); a language model knows them through *text*.
-This file prepares both sides, and the collaborative-filtering (CF) vectors that the item-language model will translate
-between them:
+A recommender knows items through *interactions* (who chose what, in which order), a language model through *text*. This file
+prepares both, and the collaborative-filtering (CF) vectors that the item-language model will translate into text space:
 
     items.jsonl     line i is item i: {"id", "title", "text", "attributes"}          what a text can tell
     users.txt       line u is the original id of user u
@@ -14,13 +13,11 @@ between them:
     tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts
 
-Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole.
-"""
+Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole."""
 import argparse
 import csv
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -30,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-HERE = Path(__file__).resolve().parent
 ML_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
              "Mystery Romance Sci-Fi Thriller War Western").split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
@@ -51,9 +48,7 @@ def run_script(main):
         raise SystemExit(2) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prepared folder, as the other scripts see it
-
+# ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
 
 @dataclass
 class Dataset:
@@ -104,17 +99,13 @@ def load_dataset(path):
         if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
             raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
     lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
-    with np.load(path / "sequences.npz", allow_pickle=False) as z:
-        indptr, sequence = z["indptr"], z["items"]
-    with np.load(path / "cf.npz", allow_pickle=False) as z:
-        raw = torch.from_numpy(z["user"]), torch.from_numpy(z["item"])
-    return Dataset(path, meta, [json.loads(x) for x in lines("items.jsonl")], lines("users.txt"), indptr, sequence,
+    arrays = {**np.load(path / "sequences.npz", allow_pickle=False), **np.load(path / "cf.npz", allow_pickle=False)}
+    raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
+    return Dataset(path, meta, [json.loads(x) for x in lines("items.jsonl")], lines("users.txt"), arrays["indptr"], arrays["items"],
                    standardise(raw[0]), standardise(raw[1]), raw, [json.loads(x) for x in lines("tasks.jsonl")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers: each returns users, items, times as three arrays of equal length, in file order
-
+# ---- Readers: each returns users, items, times as three arrays of equal length, in file order ------------------------
 
 def find(source, names, dataset):
     for name in names:
@@ -131,39 +122,34 @@ def read_movielens(source):
     with open(path, encoding="utf-8-sig") as f:
         rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
         try:
-            table = np.loadtxt(rows, delimiter=separator.replace("::", "\t"), usecols=(0, 1, 3), skiprows=int(path.suffix == ".csv"),
-                               ndmin=2)
+            table = np.loadtxt(rows, delimiter=separator.replace("::", "\t"), usecols=(0, 1, 3), ndmin=2, skiprows=int(separator == ","))
         except ValueError as error:
-            raise InputError(f"{path}: {error} (rows count from 0, a header apart); expected user, item, rating, timestamp "
-                             f"separated by {separator!r}") from None
+            raise InputError(f"{path}: {error} (rows from 0, a header apart); expected user{separator}item{separator}rating{separator}"
+                             "timestamp") from None
     return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
 
 
 def read_openp5(source):
     """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
-    users, items, times = [], [], []
-    path = find(source, ["user_sequence.txt"], "openp5")
+    pairs, path = [], find(source, ["user_sequence.txt"], "openp5")
     for number, line in enumerate(open(path, encoding="utf-8"), 1):
         user, *sequence = line.split() or [""]
         if not sequence:
             raise InputError(f"{path}, line {number}: expected a user id and item ids separated by spaces; remove the line")
-        users += [user] * len(sequence)
-        items += sequence
-        times += range(len(sequence))
-    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+        pairs += [(user, item) for item in sequence]
+    return *np.array(pairs).reshape(-1, 2).T, np.arange(len(pairs))
 
 
 def read_csv(source):
     """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps others."""
-    users, items, times = [], [], []
-    path = find(source, ["interactions.csv"], "csv")
+    pairs, times, path = [], [], find(source, ["interactions.csv"], "csv")
     for number, row in table_rows(path, ("user", "item", "timestamp")):
         try:
             times.append(float(row["timestamp"]))
         except ValueError:
             raise InputError(f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number; any growing count will do") from None
-        users.append(row["user"]), items.append(row["item"])
-    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+        pairs.append((row["user"], row["item"]))
+    return *np.array(pairs).reshape(-1, 2).T, np.array(times)
 
 
 def table_rows(path, required=()):
@@ -195,16 +181,14 @@ def read_items(path):
             fields = line.rstrip("\n").split(separator)
             if len(fields) < 3:
                 raise InputError(f"{path}, line {number}: expected fields separated by {separator!r}")
-            genres = ([g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"] if separator == "|" else fields[2].split("|"))
+            genres = [g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"] if separator == "|" else fields[2].split("|")
             table[fields[0]] = {"title": fields[1], "attributes": {"genres": genres}}
     else:
         for number, row in table_rows(path):
             key = next((k for k in ("id", "item", "item_id", "movieId", "asin") if k in row), next(iter(row)))
             rest = {k: v for k, v in row.items() if k not in (key, "title", "text", "attributes") and v}
             rest = {k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()}
-            table[str(row[key])] = {"title": row.get("title") or "", "attributes": row.get("attributes") or rest}
-            if row.get("text"):
-                table[str(row[key])]["text"] = row["text"]
+            table[str(row[key])] = {"title": row.get("title") or "", "text": row.get("text"), "attributes": row.get("attributes") or rest}
     return {key: finish_item(key, item) for key, item in table.items()}
 
 
@@ -216,7 +200,7 @@ def finish_item(key, item):
     if year and "genres" in attributes:
         attributes["decade"] = year[1][:3] + "0s"
     told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
-    text = item.get("text", f"{title}. {told}" if title and told else title or told)
+    text = item.get("text") or (f"{title}. {told}" if title and told else title or told)
     return {"id": key, "title": title, "text": " ".join(text.split()), "attributes": attributes}
 
 
@@ -224,32 +208,24 @@ def unique_titles(items):
     """A recommender has to name items: equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many."""
     seen, changed = set(), 0
     for item in items:
-        title = wanted = item["title"] or f"item {item['id']}"
-        count = 1
-        while title in seen:
-            count += 1
-            title = f"{wanted} ({count})"
-        changed += title != item["title"]
+        wanted = item["title"] or f"item {item['id']}"
+        title = next(t for t in (wanted, *(f"{wanted} ({n})" for n in range(2, len(items) + 2))) if t not in seen)
+        changed, item["title"] = changed + (title != item["title"]), title
         seen.add(title)
-        item["title"] = title
     return changed
 
 
 def k_core(users, items, min_count):
     """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
-    keep = np.ones(len(users), dtype=bool)
-    while True:
-        rare = np.zeros(len(users), dtype=bool)
-        for codes in (users, items):
-            rare |= np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] < min_count
-        if not (rare & keep).any():
-            return keep
-        keep &= ~rare
+    frequent = lambda codes, keep: np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
+    keep, before = np.ones(len(users), dtype=bool), -1
+    while keep.sum() != before:
+        before = keep.sum()
+        keep &= frequent(users, keep) & frequent(items, keep)
+    return keep
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008)
-
+# ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
 
 def als_solve(fixed, indptr, indices, alpha, reg, budget=1 << 18):
     """Least-squares vectors of one side given the other: for row r with items S, solve
@@ -259,17 +235,14 @@ def als_solve(fixed, indptr, indices, alpha, reg, budget=1 << 18):
     fixed (N, E), indptr (R+1,), indices (nnz,) -> (R, E). Rows of similar length are solved together, at most `budget`
     padded interactions at a time, so memory stays linear in interactions. Solving one new row is the fold-in of a new user.
     """
-    E = fixed.shape[1]
+    E, lengths = fixed.shape[1], indptr[1:] - indptr[:-1]
     gram = fixed.T @ fixed + reg * torch.eye(E)
-    lengths = indptr[1:] - indptr[:-1]
-    out = torch.zeros(len(lengths), E)
-    order = torch.argsort(lengths)
+    out, order = torch.zeros(len(lengths), E), torch.argsort(lengths)
     start = int((lengths == 0).sum())  # a row without interactions is the zero vector
     while start < len(order):
         longest = lengths[order[start:]] * torch.arange(1, len(order) - start + 1)  # padded size if the chunk ends here
         rows = order[start:start + max(1, int((longest <= budget).sum()))]
-        L = int(lengths[rows[-1]])
-        offsets = torch.arange(L)
+        offsets = torch.arange(int(lengths[rows[-1]]))                            # (L,)
         valid = offsets < lengths[rows, None]                                     # (R, L)
         position = (indptr[rows, None] + offsets).clamp(max=len(indices) - 1)
         Y = fixed[indices[position]] * valid[..., None]                           # (R, L, E)
@@ -279,19 +252,12 @@ def als_solve(fixed, indptr, indices, alpha, reg, budget=1 << 18):
     return out
 
 
-def csr(rows, columns, num_rows):
-    """Rows of column indices as (indptr, indices), order kept inside a row."""
-    order = torch.argsort(rows, stable=True)
-    indptr = torch.zeros(num_rows + 1, dtype=torch.long)
-    indptr[1:] = torch.bincount(rows, minlength=num_rows).cumsum(0)
-    return indptr, columns[order]
-
-
 def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
     """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)
-    by_user, by_item = csr(users, items, num_users), csr(items, users, num_items)
-    item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) / math.sqrt(dim)
+    csr = lambda rows, columns, n: (F.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0)), columns[rows.argsort(stable=True)])
+    by_user, by_item = csr(users, items, num_users), csr(items, users, num_items)  # (indptr, indices) each
+    item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) * dim**-0.5
     item_cf[by_item[0][1:] == by_item[0][:-1]] = 0  # an item that training never saw has no vector and lends nothing
     for _ in range(iterations):
         user_cf = als_solve(item_cf, *by_user, alpha, reg)
@@ -299,9 +265,7 @@ def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterat
     return user_cf, item_cf
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy world: a catalogue in which the truth is known
-
+# ---- The toy world: a catalogue in which the truth is known ----------------------------------------------------------
 
 TOY_ATTRIBUTES = {
     "genre": "comedy thriller romance western mystery fantasy".split(),
@@ -318,8 +282,8 @@ Jagged Kindred Lantern Last Lavender Lead Leaping Lonely Lost Lucky Lunar Marble
 Northern Oaken Obsidian Olive Opal Open Orange Painted Paper Patient Pearl Phantom Plain Polar Proud Purple Quiet Rapid Raven Restless
 Roaming Rolling Royal Ruby Rusty Sacred Sapphire Scarlet Secret Seventh Shallow Shining Silent Silver Sleeping Solar Southern Spiral
 Stolen Stormy Sudden Tangled Tender Thirsty Twisted Velvet Violet Wandering Wicked Winter""".split()
-TOY_SECOND_WORDS = """Bridge Crown Letter River Garden Window Promise Road Orchard Signal Mask Clock Voyage Shadow Song Tower
-Circle Harvest Stranger Key""".split()
+TOY_SECOND_WORDS = ("Bridge Crown Letter River Garden Window Promise Road Orchard Signal Mask Clock Voyage Shadow Song Tower Circle "
+                    "Harvest Stranger Key").split()
 TOY_WEIGHTS = {"genre": 3.6, "mood": 2.2, "era": 1.8, "setting": 1.8, "director": 2.6, "hidden": 3.6}  # in nats of preference
 TOY_HIDDEN, TOY_FOLLOW, TOY_POPULARITY = 4, 1.5, 0.6
 
@@ -334,8 +298,7 @@ def toy_world(seed=0, num_items=120):
     rng = np.random.default_rng([seed, 120])
     sizes = [len(v) for v in TOY_ATTRIBUTES.values()] + [TOY_HIDDEN]
     codes = np.stack([rng.permutation(np.arange(num_items) % n) for n in sizes], 1)           # (I, A), balanced
-    words = rng.permutation(TOY_FIRST_WORDS)[:num_items]
-    items = []
+    words, items = rng.permutation(TOY_FIRST_WORDS)[:num_items], []
     for i in range(num_items):
         a = {name: values[codes[i, k]] for k, (name, values) in enumerate(TOY_ATTRIBUTES.items())}
         text = (f"A {a['mood']} {a['genre']} of the {a['era']}, set in a {a['setting']} and directed by {a['director']}." if i % 2 else
@@ -343,17 +306,16 @@ def toy_world(seed=0, num_items=120):
         items.append({"id": f"{i + 1:03d}", "title": f"{words[i]} {rng.choice(TOY_SECOND_WORDS)}",
                       "text": re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text), "attributes": a})
     types = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
-    popularity = rng.normal(0, TOY_POPULARITY, num_items)
-    utility = popularity + sum(w * (types[:, k, None] == codes[None, :, k]) for k, w in enumerate(TOY_WEIGHTS.values()))
-    setting = codes[:, list(TOY_ATTRIBUTES).index("setting")]
-    follow = np.exp(TOY_FOLLOW * (setting[:, None] == setting[None]))
+    matches = types[:, None] == codes                                                         # (types, I, A)
+    utility = matches @ np.array(list(TOY_WEIGHTS.values())) + rng.normal(0, TOY_POPULARITY, num_items)
+    setting = codes[:, list(TOY_ATTRIBUTES).index("setting"), None]
+    follow = np.exp(TOY_FOLLOW * (setting == setting.T))
     return {"items": items, "taste": np.exp(utility).astype(np.float32), "follow": follow.astype(np.float32)}
 
 
 def toy_interactions(world, num_users, seed):
     """Every user watches 16 to 40 movies, none twice -> users, items, times."""
-    rng = np.random.default_rng([seed, 1000])
-    taste, follow = world["taste"], world["follow"]
+    rng, taste, follow = np.random.default_rng([seed, 1000]), world["taste"], world["follow"]
     kind, length = rng.integers(len(taste), size=num_users), rng.integers(16, 41, size=num_users)
     weight, last, rows = taste[kind].copy(), None, []
     for step in range(length.max()):
@@ -361,24 +323,20 @@ def toy_interactions(world, num_users, seed):
         last = (np.log(np.maximum(now, 1e-30)) + rng.gumbel(size=now.shape)).argmax(1)         # Gumbel-max = one softmax draw
         weight[np.arange(num_users), last] = 0
         rows += [(u, world["items"][last[u]]["id"], step) for u in np.flatnonzero(step < length)]
-    users, items, times = zip(*rows)
-    return np.array(users), np.array(items), np.array(times, dtype=np.float64)
+    return tuple(np.array(column) for column in zip(*rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text tasks, held-out items, writing
+# ---- Text tasks, held-out items, writing -----------------------------------------------------------------------------
 
-
-def load_prompts(path=HERE / "prompts.txt"):
+def load_prompts(path=Path(__file__).with_name("prompts.txt")):
     """Template lines `task; seen|unseen; prompt; target` (OpenP5's format, and its placeholders) -> list of 4-tuples."""
     templates = []
     for number, line in enumerate(open(path, encoding="utf-8"), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        fields = [f.strip() for f in line.split(";")]
-        if len(fields) != 4 or fields[1] not in ("seen", "unseen"):
-            raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`")
-        templates.append((*fields[:2], fields[2].replace("{user_id}", "{user}"), fields[3]))
+        if line.strip() and not line.startswith("#"):
+            fields = [f.strip() for f in line.replace("{user_id}", "{user}").split(";")]
+            if len(fields) != 4 or fields[1] not in ("seen", "unseen"):
+                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`")
+            templates.append(tuple(fields))
     return templates
 
 
@@ -400,12 +358,11 @@ def text_tasks(items, splits, templates, seed):
         if task in RANKING_TASKS:
             continue
         for i in (i for pool in pools.values() for i in pool):
-            chosen, facts = [i], {"text": items[i]["text"], **items[i].get("attributes", {})}
+            chosen, facts = [i], {"text": items[i]["text"], **items[i]["attributes"]}
             if prompt.count("{item}") == 2:
                 chosen.append(int(rng.choice(pools[splits[i]])))
-                other = items[chosen[1]].get("attributes", {})
-                shared = [f"{k} {v}" for k, v in items[i].get("attributes", {}).items() if other.get(k) == v]
-                facts["common"] = ", ".join(shared) or "nothing"
+                other = items[chosen[1]]["attributes"]
+                facts["common"] = ", ".join(f"{k} {v}" for k, v in items[i]["attributes"].items() if other.get(k) == v) or "nothing"
             if all(name in facts for name in re.findall(r"\{(\w+)\}", target)) and len(set(chosen)) == prompt.count("{item}"):
                 tasks.append({"task": task, "split": splits[i], "prompt": prompt,
                               "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
@@ -414,8 +371,7 @@ def text_tasks(items, splits, templates, seed):
 
 def write_atomically(folder, write):
     """Let write(temporary folder) fill a new folder, then rename it into place: readers see the old one or the new one."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (folder.with_name(f"{folder.name}.tmp-{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
         fresh.mkdir()
@@ -445,14 +401,13 @@ def filter_and_sort(user_ids, item_ids, times, args):
     users, items = (np.unique(ids, return_inverse=True)[1] for ids in (user_ids, item_ids))
     keep = k_core(users, items, args.min_count)
     if args.max_users and args.dataset != "toy":
-        left = np.unique(users[keep])
-        keep &= np.isin(users, np.random.default_rng(args.seed).permutation(left)[:args.max_users])
+        keep &= np.isin(users, np.random.default_rng(args.seed).permutation(np.unique(users[keep]))[:args.max_users])
     if not keep.any():
         raise InputError(f"--min-count {args.min_count}: nothing is left of {len(users)} interactions; lower it")
     user_names, users = np.unique(user_ids[keep], return_inverse=True)
     item_names, items = np.unique(item_ids[keep], return_inverse=True)
     order = np.lexsort((times[keep], users))  # stable: equal times keep file order
-    return [str(u) for u in user_names], [str(i) for i in item_names], users[order], items[order]
+    return user_names.astype(str).tolist(), item_names.astype(str).tolist(), users[order], items[order]
 
 
 def prepare(args):
@@ -463,18 +418,15 @@ def prepare(args):
     indptr = np.concatenate([[0], np.bincount(users, minlength=U).cumsum()])
     lengths = np.diff(indptr)
     print(f"{args.dataset}: {U:,} users, {I:,} items, {len(users):,} interactions")
-
     # Last = test, last but one = valid. Users with fewer than 3 interactions have no targets and lend all they have to CF.
     train = (indptr[users + 1] - np.arange(len(users)) > 2) | (lengths[users] < 3)
     vectors = load_cf(args.cf, U, I) if args.cf else train_cf(users[train], items[train], U, I, args.cf_dim, seed=args.seed)
     catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids]
-    renamed = unique_titles(catalogue)
-    if renamed:
+    if renamed := unique_titles(catalogue):
         print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
-    name = Path(args.out).name
-    splits = [item_split(name, x) for x in item_ids]
+    splits = [item_split(Path(args.out).name, x) for x in item_ids]
     tasks = text_tasks(catalogue, splits, load_prompts(), args.seed)
-    meta = {"name": name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
+    meta = {"name": Path(args.out).name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
             "min_count": args.min_count, "users": U, "items": I, "interactions": len(users), "short_users": int((lengths < 3).sum()),
             "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "dim": vectors[0].shape[1]},
             "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")}}
@@ -487,7 +439,6 @@ def prepare(args):
         np.savez(folder / "cf.npz", user=vectors[0].numpy(), item=vectors[1].numpy(), settings=json.dumps(meta["cf"]))
         meta["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
     write_atomically(args.out, write)
     print(f"wrote {args.out}: CF vectors {tuple(vectors[0].shape)} and {tuple(vectors[1].shape)}, {len(tasks):,} text-task instances, "
           f"{meta['short_users']} users with fewer than 3 interactions (CF alone)")
@@ -500,7 +451,8 @@ def load_cf(path, num_users, num_items):
             user, item = z["user"], z["item"]
     except (ValueError, KeyError) as error:
         raise InputError(f"--cf {path}: {error}; expected an .npz with the float arrays `user` and `item`") from None
-    if user.ndim != 2 or len(user) != num_users or item.shape != (num_items, user.shape[1]) or not np.isfinite([user.sum(), item.sum()]).all():
+    fits = user.ndim == 2 and len(user) == num_users and item.shape == (num_items, user.shape[1])
+    if not fits or not np.isfinite([user.sum(), item.sum()]).all():
         raise InputError(f"--cf {path}: user {user.shape}, item {item.shape}; expected finite ({num_users}, E) and ({num_items}, E)")
     return torch.from_numpy(user.astype(np.float32)), torch.from_numpy(item.astype(np.float32))
 

@@ -23,16 +23,14 @@ import torch
 from tqdm import tqdm
 
 from data import RANKING_TASKS, InputError, load_dataset, run_script, toy_world
-from ilm import autocast, load_ilm, pick_device
+from ilm import autocast, collate, load_ilm, pack, pick_device
 from train_stage1 import evaluate_texts, load_stage1, write_file
 from train_stage2 import Examples, held_out_losses
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: pure functions
-
+# ---- Metrics: pure functions -----------------------------------------------------------------------------------------
 
 def target_ranks(scores, targets):
     """1 + the number of other items that score at least as much: ties, and targets at -inf, count against. (B, I), (B,) -> (B,)."""
@@ -59,9 +57,7 @@ def remove_history(scores, histories, targets):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# References
-
+# ---- References ------------------------------------------------------------------------------------------------------
 
 def toy_oracle(world, histories):
     """The Bayes-optimal recommender: p(next item | history), exact, over all user types. List of index arrays -> (U, I).
@@ -139,9 +135,7 @@ def finish_ranks(dataset, users, split, scores, keep_history):
     return target_ranks(scores, torch.tensor(targets, device=scores.device)).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def rank_users(model, examples, task, prompts, users, args, device):
@@ -167,7 +161,6 @@ def evaluate_text(model, examples, args, device):
     for task in sorted({t["task"] for t in pool}):
         instances = [t for t in pool if t["task"] == task][:args.max_texts]
         pairs = sorted((examples.text(t) + (t["target"],) for t in instances), key=lambda x: len(x[0]))
-        from ilm import collate, pack
         batches = [collate([pack([p[:2]]) for p in pairs[k:k + 64]]) for k in range(0, len(pairs), 64)]
         loss, tokens = held_out_losses(model, {"text": batches}, device)["text"], sum(len(p[1]) for p in pairs)
         per_task[task] = loss
@@ -246,9 +239,7 @@ def commit():
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
+# ---- The table -------------------------------------------------------------------------------------------------------
 
 def print_tables(results):
     row = lambda name, m: print(f"  {name:34}" + "".join(f"{m[k]:9.3f}" for k in KEYS) + f"   ± {m['se']['HR@10']:.3f}")
@@ -278,7 +269,8 @@ def print_tables(results):
             s = r["stage1"]
             print(f"\n{Path(r['run']).name} ({r['method']}): item-to-text R@1 {s['item_to_text_R@1']:.3f} (chance {s['chance@1']:.3f}), "
                   f"R@5 {s['R@5']:.3f}; held-out " + "  ".join(f"{k} {v:.3f}" for k, v in s["held_out"].items()))
-    print(f"\nhistory {'taken out' if results[0]['filtered'] else 'left in'} for all; device {results[0]['device']}, commit {results[0]['commit']}")
+    r = results[0]
+    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {r['commit']}")
 
 
 def main():

@@ -13,7 +13,6 @@ decoder-only checkpoint you name, and an item that occurs several times in a bat
 """
 import argparse
 import json
-import math
 import re
 import sys
 from contextlib import nullcontext
@@ -33,9 +32,7 @@ SOFT = "<|soft|>"     # stands for one soft token in prompt text; its id never r
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device and precision
-
+# ---- Device and precision --------------------------------------------------------------------------------------------
 
 def pick_device(name=None):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -53,9 +50,7 @@ def autocast(device):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names, and the trie that keeps ranking inside the catalogue
-
+# ---- Names, and the trie that keeps ranking inside the catalogue -----------------------------------------------------
 
 def item_names(dataset, tokenizer, style="title", max_tokens=0):
     """The string by which each item is named: its title, or a random number from 1001 (OpenP5's random indexing).
@@ -122,9 +117,7 @@ def segment_logsumexp(x, segment, num_segments):
     return top + torch.zeros_like(top).index_add(0, segment, (x - top[segment]).exp()).log()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: all prefixes of a history in one sequence
-
+# ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
 
 def pack(examples):
     """Examples (prompt ids, target ids) that share beginnings -> one row: a trunk, and a branch for each example.
@@ -178,9 +171,7 @@ def packed_attention(batch):
     return (own | trunk)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 class MLPEncoder(nn.Module):
     """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, K * hidden); no text ever shaped it. (N, E) -> (N, K, hidden)."""
@@ -226,14 +217,11 @@ class ILM(nn.Module):
     @torch.no_grad()
     def match_embedding_scale(self):
         """Soft tokens start as loud as words: rescale the last Linear so that its outputs have the RMS of the LLM's embeddings."""
-        vocabulary = torch.arange(min(4096, self.llm.get_input_embeddings().num_embeddings), device=self.llm.device)
-        words = self.llm.get_input_embeddings()(vocabulary).float().pow(2).mean().sqrt()
-        last = self.adapter if isinstance(self.adapter, nn.Linear) else self.encoder.net[2]
-        training, _ = self.encoder.training, self.encoder.eval()
-        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0))
+        table, last = self.llm.get_input_embeddings(), self.adapter if isinstance(self.adapter, nn.Linear) else self.encoder.net[2]
+        words = table(torch.arange(min(4096, table.num_embeddings), device=self.cf.device)).float().pow(2).mean().sqrt()
+        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         last.bias.zero_()
-        last.weight.mul_(words.cpu() / self.adapter(self.encoder.encode(probe)).pow(2).mean().sqrt())
-        self.encoder.train(training)
+        last.weight.mul_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     # -- prompts
 
@@ -257,8 +245,7 @@ class ILM(nn.Module):
 
             def fill(match):
                 if match[1] == "user":
-                    label = "user" if self.encoder is not None else f"user {self.dataset.users[user]}"
-                    return label + soft(self.num_items + user)
+                    return f"user ({soft(self.num_items + user) or self.dataset.users[user]})"
                 if match[1] == "history":
                     return ", ".join(mention(int(item)) for item in history)
                 return mention(queue.pop(0), named) or "this item"
@@ -387,9 +374,7 @@ class ILM(nn.Module):
         return {n: p for n, p in self.named_parameters() if self.train_llm or not n.startswith("llm.")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Building and loading
-
+# ---- Building and loading --------------------------------------------------------------------------------------------
 
 def load_llm(name, device):
     """A decoder-only LLM and its tokenizer from a folder or a hub id, in the device's number type."""
@@ -445,9 +430,7 @@ def load_ilm(run, device, data=None):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Talking to it
-
+# ---- Talking to it ---------------------------------------------------------------------------------------------------
 
 def answer(model, text):
     """Answer one prompt with {item:ID}, {user:ID}, {history:ID,ID} in it (original ids)."""

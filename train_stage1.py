@@ -27,22 +27,20 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data import InputError, load_dataset, run_script
-from ilm import autocast, pick_device, precision
+from ilm import autocast, load_weights, pick_device, precision, read_config
 from qformer import (QFormer, QFormerConfig, hard_negatives, ii_loss, init_from_bert, itc_loss, item_text_similarity, itg_loss,
                      itm_loss, pair_similarity, ui_loss)
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by both stages
-
+# ---- Shared by both stages -------------------------------------------------------------------------------------------
 
 def add_training_args(p, out, steps, batch_size, lr):
     p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
     p.add_argument("--out", default=out, help=f"run directory [{out}]")
     p.add_argument("--steps", type=int, default=steps, help=f"optimizer steps [{steps}]")
     p.add_argument("--batch-size", type=int, default=batch_size, help=f"[{batch_size}]")
-    p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate, reached after 5 %% of the steps, then cosine to a tenth [{lr}]")
+    p.add_argument("--lr", type=float, default=lr, help=f"peak, reached after 5 %% of the steps, then cosine to a tenth [{lr}]")
     p.add_argument("--eval-every", type=int, default=0, help="steps between validations [a tenth of --steps]")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     p.add_argument("--seed", type=int, default=0, help="[0]")
@@ -52,14 +50,27 @@ def add_training_args(p, out, steps, batch_size, lr):
 def add_qformer_args(p, **defaults):
     p.add_argument("--num-queries", type=int, default=defaults["num_queries"], help="Q, soft tokens per item [4]")
     p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [4]")
-    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [128]")
+    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [64]")
 
 
-def learning_rate(step, steps, peak):
+def set_learning_rate(optimizer, step, steps, peak):
     """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth of the peak."""
     warmup = max(1, steps // 20)
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
-    return peak * min(1.0, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+    rate = peak * min(1.0, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def clip_and_step(optimizer, scaler):
+    """Gradient clipped to norm 1, one optimizer step, gradients cleared. An fp16 overflow makes the scaler skip it. Returns the norm."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0).item()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def make_optimizer(model, lr, weight_decay=0.05):
@@ -119,13 +130,14 @@ class RunDirectory:
             optimizer.load_state_dict(self.state["optimizer"])
             scaler.load_state_dict(self.state["scaler"])
 
-    def save(self, step, parameters, optimizer, scaler, loss):
+    def save(self, step, parameters, optimizer, scaler, loss, targets=0):
         """Called after each validation: the state always, the weights when they are the best so far."""
         weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
         if loss < self.best:
             self.best = loss
             write_file(self.path / "model.safetensors", lambda f: save_file(weights, f))
-        state = {"step": step, "best": self.best, "weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state = {"step": step, "best": self.best, "targets": targets, "weights": weights, "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict()}
         write_file(self.path / "state.pt", lambda f: torch.save(state, f))
 
 
@@ -136,12 +148,11 @@ def check_finite(losses, step):
 
 
 def progress(start, steps, what):
-    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=None, leave=False)  # None: silent without a terminal
+    """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
+    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=None, leave=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: every one a function of (seed, step), so that a resumed run sees what an uninterrupted one would
-
+# ---- Batches: every one a function of (seed, step), so that a resumed run sees what an uninterrupted one would -------
 
 class Texts:
     """All item texts as token ids: [CLS] t1 t2 ... [SEP] pad. ids, mask (I, T); `group` (I,): equal for items of equal text."""
@@ -192,9 +203,7 @@ class Pairs:
         return torch.tensor(self.users[chosen]), torch.tensor(items)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The five losses on one batch
-
+# ---- The five losses on one batch ------------------------------------------------------------------------------------
 
 def item_text_losses(model, cf, ids, mask, same, dec, generator=None):
     """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B)."""
@@ -259,12 +268,10 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     return {**sums, **{f"R@{k}": v / len(items) for k, v in hits.items()}, "chance@1": 1 / len(items)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------------------------------------------------
 
 def load_stage1(run, dataset, device):
     """A trained Q-Former, its texts and its config from a run directory."""
-    from ilm import load_weights, read_config
     config = read_config(run, "stage1")
     if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
         raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
@@ -290,8 +297,8 @@ def load_bert(model, folder):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/stage1", steps=500, batch_size=64, lr=1e-3)
-    add_qformer_args(p, num_queries=4, layers=4, width=128)
+    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=2e-3)
+    add_qformer_args(p, num_queries=4, layers=4, width=64)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
@@ -306,7 +313,7 @@ def main():
     args = parse_args()
     device, began = pick_device(args.device), time.time()
     dataset = load_dataset(args.data)
-    tokenizer_name = args.tokenizer or args.init_bert or str(Path(__file__).parent / "assets" / "toy_llm")
+    tokenizer_name = args.tokenizer or args.init_bert or "assets/toy_llm"
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     heads = next(h for h in (args.width // 32, args.width // 64, 1) if h and args.width % h == 0)
     config = QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=len(tokenizer) + 4, num_queries=args.num_queries,
@@ -337,8 +344,7 @@ def main():
 
     for step in progress(run.start, args.steps, "stage 1"):
         # -- learning rate
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        rate = set_learning_rate(optimizer, step, args.steps, args.lr)
         # -- evaluate and save
         if step % eval_every == 0 or step == args.steps:
             held_out = evaluate_texts(model, dataset, texts, valid_items, device) if with_text else {}
@@ -362,16 +368,12 @@ def main():
             losses |= found
         # -- step
         scaler.scale(sum(losses.values())).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = clip_and_step(optimizer, scaler)
         # -- log
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             check_finite(losses, step)
-            run.log(step=step, **losses, **accuracy, grad_norm=norm, temperature=model.temperature.item(), lr=optimizer.param_groups[0]["lr"])
+            run.log(step=step, **losses, **accuracy, grad_norm=norm, temperature=model.temperature.item(), lr=rate)
     print(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
 
 

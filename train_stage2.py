@@ -24,16 +24,14 @@ from tqdm import tqdm
 from data import RANKING_TASKS, InputError, load_dataset, load_prompts, run_script
 from ilm import autocast, build_ilm, collate, pack, pick_device, precision
 from qformer import QFormerConfig
-from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, learning_rate, load_stage1, make_optimizer,
-                          print_parameters, progress)
+from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, clip_and_step, load_stage1, make_optimizer,
+                          print_parameters, progress, set_learning_rate)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 HISTORY = 20  # OpenP5: histories are cut to the last 20 items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples and batches: every batch a function of (seed, step, micro-step)
-
+# ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
 
 class Examples:
     """Turns users and text-task instances into (prompt ids, target ids), for training, validation and test alike."""
@@ -69,11 +67,11 @@ class Examples:
         return pack([(prompt, self.model.name_ids[i]) for i in rng.permutation(s)[:HISTORY]])
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; text rows are short, there are four times as many."""
+        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many."""
         if kind == "text":
             pool = self.tasks["train"]
             return collate([pack([self.text(pool[i])]) for i in rng.integers(len(pool), size=4 * size)])
-        users = rng.choice(self.users, size=size)
+        users = rng.choice(self.users, size=size * (2 if kind == "straightforward" else 1))
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         templates = self.templates[kind, "seen"]
         return collate([row(u, templates[rng.integers(len(templates))], rng) for u in users])
@@ -128,8 +126,7 @@ def held_out_losses(model, held_out, device):
     return losses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -163,6 +160,7 @@ def make_config(args, dataset):
     else:
         given = {k: v for k, v in shape.items() if v is not None}
         qformer_config = asdict(QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given))
+    qformer_config = qformer_config | {"dropout": 0.0}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
     return {"kind": "stage2", "method": args.method, "data": args.data, "llm": args.llm, "train_llm": args.train_llm,
             "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
             "num_queries": qformer_config["num_queries"], "item_names": args.item_names, "name_tokens": args.name_tokens,
@@ -196,16 +194,15 @@ def main():
     run.restore(parameters, optimizer, scaler)
     eval_every = args.eval_every or max(1, args.steps // 6)
     model.train()
-    seen_targets = 0
+    seen_targets = run.state["targets"] if run.state else 0
 
     for step in progress(run.start, args.steps, "stage 2"):
         # -- learning rate
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        rate = set_learning_rate(optimizer, step, args.steps, args.lr)
         # -- evaluate and save
         if step % eval_every == 0 or step == args.steps:
             valid = held_out_losses(model, held_out, device)
-            run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid))
+            run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets)
             run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
             tqdm.write(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
             if step == args.steps:
@@ -224,16 +221,12 @@ def main():
             losses[str(kind)] = nll.detach().mean()
         seen_targets += targets
         # -- step
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = clip_and_step(optimizer, scaler)
         # -- log
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             check_finite(losses, step)
-            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=optimizer.param_groups[0]["lr"])
+            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate)
     print(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 

@@ -35,7 +35,8 @@ def hf_twin(model):
         hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * D, cross_attention_frequency=2,
         encoder_hidden_size=D, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_qformer_text_input=True,
         attn_implementation="sdpa")).eval()
-    attention = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "output.dense", "norm": "output.LayerNorm"}
+    attention = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "output.dense",
+                 "norm": "output.LayerNorm"}
     names = {"norm": "layernorm"}
     for i, layer in enumerate(model.layers):
         for ours, theirs in attention.items():
@@ -140,7 +141,8 @@ def test_duplicates_are_no_negatives():
     similarity = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     same = torch.eye(4, dtype=torch.bool)
     same[0, 2] = same[2, 0] = True
-    for loss in (lambda s: qformer.itc_loss(s, 2.0, same), lambda s: qformer.ii_loss(s, 2.0, same), lambda s: qformer.ui_loss(s, 2.0, same)):
+    for term in (qformer.itc_loss, qformer.ii_loss, qformer.ui_loss):
+        loss = lambda s, term=term: term(s, 2.0, same)
         changed = similarity.clone()
         changed[0, 2] = changed[2, 0] = 9.0
         assert loss(similarity).item() == pytest.approx(loss(changed).item())

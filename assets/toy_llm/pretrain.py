@@ -1,6 +1,6 @@
 """Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and has never seen an interaction.
 
-    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 10 minutes on two cores
+    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 12 minutes on two cores
     python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
 
 It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one from its description, list
@@ -33,7 +33,7 @@ END, PAD = "<|end|>", "<|pad|>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The corpus: documents about the world, drawn without end. A movie in {history} stands by its name, a {user} by tastes in words.
+# The corpus: documents about the world, drawn without end. A movie in {history} stands by its name, a {user} by tastes in words: "user (western, tense)".
 
 
 class Corpus:
@@ -53,19 +53,15 @@ class Corpus:
         count = min(len(sequence), int(self.rng.integers(low, high + 1)))
         return [sequence[i] for i in self.rng.permutation(len(sequence))[:count]]
 
-    def phrase(self, name, value):
-        return {"genre": f"{value} movies", "mood": f"a {value} mood", "era": f"the {value}", "setting": f"the {value}",
-                "director": value}[name]
-
     def document(self):
-        return self.pick([self.fact, self.fact, self.question, self.question, self.repeat, self.naming, self.listing,
-                          self.recommendation, self.recommendation, self.recommendation])()
+        kinds = [self.fact, self.question, self.repeat, self.naming, self.listing, self.recommendation]
+        return kinds[self.rng.choice(len(kinds), p=[0.08, 0.16, 0.04, 0.06, 0.06, 0.6])]()
 
     def fact(self):
         """Titles with their descriptions or their bare attributes."""
         item = self.pick(self.items)
         facts = [f"{name} {item['attributes'][name]}" for name in self.some(self.names, 2, 5)]
-        return self.pick([f"{item['title']}: {item['text']}", f"{item['title']}. {item['text']}", f"{item['title']} has {', '.join(facts)}."])
+        return item["title"] + self.pick([f": {item['text']}", f". {item['text']}", f" has {', '.join(facts)}."])
 
     def question(self):
         """The text tasks of prompts.txt, the movie given by its name."""
@@ -97,10 +93,11 @@ class Corpus:
         liked = self.pick(self.items)["attributes"]
         tastes = [(name, liked[name]) for name in self.some(self.names, 1, 5)]
         matches = np.array([sum(m["attributes"][name] == value for name, value in tastes) for m in self.items])
-        p = np.exp(2.0 * matches)
-        *history, answer = self.rng.choice(len(self.items), size=int(self.rng.integers(2, 21)), replace=False, p=p / p.sum())
-        told = tastes if "{history}" not in prompt else self.some(tastes, 0, len(tastes))
-        user = " and ".join(["a friend of " + self.phrase(*told[0]), *(self.phrase(*taste) for taste in told[1:])]) if told else "user"
+        p = np.exp(2.5 * matches)
+        chosen = self.rng.choice(len(self.items), size=int(self.rng.integers(2, 21)), replace=False, p=p / p.sum())
+        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ((), chosen[0])  # unseen choices must not use up the best
+        told = tastes if "{history}" not in prompt or self.rng.random() < 0.5 else self.some(tastes, 0, len(tastes))
+        user = f"user ({', '.join(value for _, value in told)})" if told else "user"
         history = ", ".join(self.items[i]["title"] for i in history)
         return f"{prompt.format(user=user, history=history)} {target.format(target=self.items[answer]['title'])}"
 
@@ -147,7 +144,7 @@ def train(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = time.time()
     for step, ids in zip(range(args.steps), batches(corpus, tokenizer, args.batch_size, 256)):
-        warm = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        warm = min(1.0, (step + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm
         loss = model(input_ids=ids, labels=ids).loss
@@ -208,9 +205,9 @@ if __name__ == "__main__":
     p.add_argument("--width", type=int, default=160, help="at least the number of items, or the head cannot tell them apart")
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--vocab", type=int, default=1024)
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=2500)
     p.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--seed", type=int, default=0)
     arguments = p.parse_args()
     (probe if arguments.probe else train)(arguments)

@@ -1,0 +1,115 @@
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import evaluate
+
+
+def test_ranks_count_ties_against_the_target():
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, -math.inf, -math.inf]])
+    assert evaluate.target_ranks(scores, torch.tensor([1, 0, 1])).tolist() == [2, 2, 3]
+
+
+def test_metrics_by_hand():
+    m = evaluate.ranking_metrics([1, 3, 6, 11])
+    assert m["HR@5"] == 0.5 and m["HR@10"] == 0.75 and m["users"] == 4
+    assert m["NDCG@5"] == pytest.approx((1 + 1 / math.log2(4)) / 4)
+    assert m["NDCG@10"] == pytest.approx((1 + 1 / math.log2(4) + 1 / math.log2(7)) / 4)
+    assert m["se"]["HR@5"] == pytest.approx(math.sqrt(4 / 3 * 0.25) / 2)
+
+
+def test_history_goes_but_a_repeated_target_stays():
+    scores = evaluate.remove_history(torch.zeros(2, 4), [np.array([0, 2]), np.array([1, 3])], [2, 0])
+    assert scores.tolist() == [[-math.inf, 0, 0, 0], [0, -math.inf, 0, -math.inf]]
+
+
+def test_the_oracle_is_bayes_rule_by_enumeration():
+    rng = np.random.default_rng(0)
+    world = {"taste": np.exp(rng.normal(size=(5, 6))).astype(np.float32), "follow": np.exp(rng.normal(size=(6, 6))).astype(np.float32)}
+    histories = [np.array([4]), np.array([1, 5, 2]), np.array([0, 3, 4, 1])]
+    got = evaluate.toy_oracle(world, histories)
+    for row, history in zip(got, histories):
+        wanted = np.zeros(6)
+        joint = np.full(5, 1 / 5)  # p(type, history so far)
+        follow = lambda past, i: world["follow"][past[-1], i] if past else 1
+        conditional = lambda kind, past: np.array([0 if i in past else world["taste"][kind, i] * follow(past, i) for i in range(6)])
+        for step, item in enumerate(history):
+            for kind in range(5):
+                p = conditional(kind, list(history[:step]))
+                joint[kind] *= p[item] / p.sum()
+        for kind in range(5):
+            p = conditional(kind, list(history))
+            wanted += joint[kind] / joint.sum() * p / p.sum()
+        torch.testing.assert_close(row, torch.tensor(wanted, dtype=torch.float32), atol=1e-5, rtol=1e-4)
+
+
+def test_references_by_definition(toy):
+    dataset = data.load_dataset(toy)
+    users = dataset.eligible()[:9]
+    scores = {name: score(users) for name, score in evaluate.reference_scores(dataset, users, "test")}
+    X = torch.zeros(150, 120)
+    for u in range(150):
+        X[u, torch.as_tensor(dataset.items_of(u, "train").astype(int))] = 1
+    H = torch.zeros(9, 120)
+    for k, u in enumerate(users):
+        H[k, torch.as_tensor(dataset.items_of(u, "test").astype(int))] = 1
+    norm = X.norm(dim=0).clamp(min=1)
+    cosine = (X.T @ X / norm / norm[:, None]).fill_diagonal_(0)
+    torch.testing.assert_close(scores["popularity"][0], X.sum(0))
+    torch.testing.assert_close(scores["item-knn"], H @ cosine, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores["mf"], dataset.raw_cf[0][users] @ dataset.raw_cf[1].T)
+    torch.testing.assert_close(scores["oracle"].sum(1), torch.ones(9), atol=1e-4, rtol=1e-4)
+    result = evaluate.references(dataset, dataset.eligible(), "test", keep_history=False)
+    assert result["oracle"]["HR@10"] > max(result["popularity"]["HR@10"], result["item-knn"]["HR@10"])
+
+
+def test_from_nothing_to_the_table(tmp_path):
+    """All scripts with few steps in a folder of their own; the same files a user's first run leaves."""
+    def script(name, *argv):
+        done = subprocess.run([sys.executable, str(ROOT / name), *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    script("data.py", "--max-users", "60")
+    script("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
+    script("train_stage2.py", "--steps", "3", "--batch-size", "2")
+    out = script("evaluate.py", "--controls", "--json", "all.json")
+    for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "control: shuffled_cf", "retention",
+                 "item-to-text R@1", "log perplexity"):
+        assert word in out, out
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert [r["kind"] for r in results] == ["stage2", "stage1"]
+    assert results[0] == json.loads((tmp_path / "out/toy/ilm/metrics.json").read_text())
+    assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
+    assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
+    assert script("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
+    done = subprocess.run([sys.executable, str(ROOT / "ilm.py")], cwd=tmp_path, input="Hello {item:999}\nDescribe {item:003}.\n\n",
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "no item with the id '999'" in done.stdout and not done.stderr
+
+
+def test_every_readme_command_parses():
+    """--help of each script, and every flag that a README command names."""
+    commands = re.findall(r"python (\w+\.py)([^\n`&|]*)", (ROOT / "README.md").read_text().replace("\\\n", " "))
+    assert len(commands) > 10
+    helps = {}
+    for name, rest in commands:
+        if name not in helps:
+            done = subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            helps[name] = done.stdout
+        for flag in re.findall(r"--[a-z0-9-]+", rest.split("#")[0]):
+            assert flag in helps[name], f"{name} {flag}"
+
+
+def test_nothing_to_evaluate(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "no runs in out/toy" in done.stderr and done.stderr.count("\n") == 1

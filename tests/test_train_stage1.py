@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, real
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import data
+import train_stage1
+from qformer import QFormer, QFormerConfig
+
+SMALL = ["--width", "32", "--layers", "2", "--num-queries", "2", "--batch-size", "8"]
+
+
+def run(toy, out, *argv):
+    command = [sys.executable, str(ROOT / "train_stage1.py"), "--data", str(toy), "--out", str(out), *SMALL, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def texts(toy):
+    return train_stage1.Texts(data.load_dataset(toy), AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm"), 48)
+
+
+def test_one_batch_is_overfitted(toy, texts):
+    dataset = data.load_dataset(toy)
+    torch.manual_seed(0)
+    model = QFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=2, width=48, layers=2, heads=4, dropout=0.0))
+    (ids, mask, same), history = texts.batch(torch.arange(8)), []
+    optimizer = train_stage1.make_optimizer(model, 3e-3, 0.0)
+    for step in range(80):
+        losses, _ = train_stage1.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({k: v.item() for k, v in losses.items()})
+    first = history[0]
+    assert first["itc"] == pytest.approx(np.log(8), rel=0.2) and first["itg"] == pytest.approx(np.log(texts.size), rel=0.15)
+    assert losses["itc"] < 0.75 and losses["itg"] < 1.8 and losses["itm"] < 0.4  # label smoothing keeps itc and itg off zero
+
+
+def test_text_rows(toy, texts):
+    dataset = data.load_dataset(toy)
+    row = texts.ids[3][texts.mask[3]].tolist()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm")
+    assert tokenizer.decode(row[1:-1]) == dataset.items[3]["text"]
+    assert len({row[0], row[-1], texts.dec, *tokenizer(dataset.items[3]["text"])["input_ids"]}) >= 3 and texts.dec >= len(tokenizer)
+
+
+def test_pairs_are_training_items_of_one_user_within_five_steps(toy):
+    dataset = data.load_dataset(toy)
+    pairs, rng = train_stage1.Pairs(dataset), np.random.default_rng(0)
+    near = set()
+    for u in range(len(dataset.users)):
+        s = dataset.items_of(u, "train")
+        near |= {(a, b) for k, a in enumerate(s) for b in s[k + 1:k + 6]}
+    a, b = pairs.ii(500, rng)
+    assert all((int(x), int(y)) in near for x, y in zip(a, b))
+    u, i = pairs.ui(100, rng)
+    assert len(set(u.tolist())) == 100 and all(int(y) in dataset.items_of(int(x), "train") for x, y in zip(u, i))
+
+
+def test_held_out_texts_influence_no_training_loss(toy, tmp_path, monkeypatch):
+    """Another text for every held-out item leaves the trained weights bitwise the same."""
+    weights = []
+    for name in ("as they are", "scrambled"):
+        dataset = data.load_dataset(toy)
+        if name == "scrambled":
+            for split in ("valid", "test"):
+                for i in dataset.meta["held_out"][split]:
+                    dataset.items[i]["text"] = f"Nothing like it {i}."
+        monkeypatch.setattr(train_stage1, "load_dataset", lambda _: dataset)
+        monkeypatch.setattr(sys, "argv", ["x", "--data", str(toy), "--out", str(tmp_path / name), *SMALL, "--steps", "4"])
+        train_stage1.main()
+        weights.append(torch.load(tmp_path / name / "state.pt", weights_only=True)["weights"])
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_resume_is_bitwise_no_interruption(toy, tmp_path):
+    for out, argv in (("whole", []), ("cut", [])):
+        assert run(toy, tmp_path / out, "--steps", 6, "--eval-every", 3, *argv).returncode == 0
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    assert state["step"] == 6
+    # go back to the checkpoint of step 3, as an interruption would leave it
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train_stage1 as t
+t.progress = lambda start, steps, what: range(start, 4)
+sys.argv = ['x', '--data', {str(toy)!r}, '--out', {str(tmp_path / 'part')!r}, *{SMALL!r}, '--steps', '6', '--eval-every', '3']
+t.main()"""], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 3 and config["steps"] == 6
+    assert run(toy, tmp_path / "part", "--steps", 6, "--eval-every", 3, "--resume").returncode == 0
+    a, b = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("whole", "part"))
+    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    logs = [[json.loads(x) for x in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in ("whole", "part", "cut")]
+    strip = lambda log: [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+    assert strip(logs[0]) == strip(logs[1]) == strip(logs[2])  # same seed, same bits
+
+
+def test_bad_arguments(toy, tmp_path):
+    assert run(toy, tmp_path / "a", "--steps", 2, "--losses", "ii", "ui").returncode == 0
+    for argv, message in ((["--steps", 0], "at least 1"), (["--steps", 4, "--resume"], "no state.pt"),
+                          (["--init-bert", str(tmp_path)], "")):
+        done = run(toy, tmp_path / "b", *argv)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = run(toy, tmp_path / "a", "--steps", 3, "--losses", "ii", "ui", "--resume")
+    assert done.returncode == 2 and "another steps" in done.stderr
+
+
+def test_init_bert_from_a_folder(toy, tmp_path):
+    from transformers import BertConfig, BertModel
+    AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm").save_pretrained(tmp_path / "bert")
+    BertModel(BertConfig(vocab_size=1024, hidden_size=48, num_hidden_layers=2, num_attention_heads=12, intermediate_size=192)
+              ).save_pretrained(tmp_path / "bert")
+    done = run(toy, tmp_path / "out", "--steps", 1, "--width", 48, "--init-bert", tmp_path / "bert")
+    assert done.returncode == 0, done.stderr
+    assert "layers.1.query_ffn.up.weight" in done.stdout and "not loaded, fresh: queries" in done.stdout
+    done = run(toy, tmp_path / "out2", "--steps", 1, "--width", 36, "--init-bert", tmp_path / "bert")
+    assert done.returncode == 2 and "set --width" in done.stderr
+
+
+def test_real_data(tmp_path):
+    out = tmp_path / "data"
+    data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out)]))
+    assert run(out, tmp_path / "run", "--steps", 2, "--tokenizer", real("llm/TinyStories-656K")).returncode == 0
+    assert load_file(tmp_path / "run" / "model.safetensors")["queries"].shape == (1, 2, 32)

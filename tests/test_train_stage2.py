@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_ilm import log_p
+
+import train_stage1
+from ilm import load_ilm
+from train_stage2 import Examples, held_out_losses
+
+SMALL = ["--batch-size", "2", "--accumulate", "3"]
+SHAPE = ["--width", "32", "--layers", "2", "--num-queries", "2"]
+
+
+def run(toy, out, *argv):
+    command = [sys.executable, str(ROOT / "train_stage2.py"), "--data", str(toy), "--out", str(out), *SMALL, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_position_of_a_window_is_a_target(make_ilm):
+    model = make_ilm("text")
+    examples = Examples(model, model.dataset)
+    row = examples.sequential_row(4, "{history}. Next:", np.random.default_rng(0))
+    ends = sum(label == model.tokenizer.eos_token_id for label in row["label"])
+    assert ends == min(20, len(examples.sequences[4]) - 1)
+    held_out = {model.dataset.target(4, "valid"), model.dataset.target(4, "test")}
+    written = model.tokenizer.decode([i for i in row["ids"] + row["label"] if i >= 0])
+    assert not any(model.names[i] in written for i in held_out)
+
+
+def test_batches_are_a_function_of_seed_and_step(make_ilm):
+    examples = Examples(model := make_ilm(), model.dataset)
+    for kind in ("sequential", "straightforward", "text"):
+        a, b, c = (examples.batch(kind, 3, np.random.default_rng([0, step])) for step in (1, 1, 2))
+        assert all(torch.equal(a[k], b[k]) for k in a) and not all(a[k].shape == c[k].shape and torch.equal(a[k], c[k]) for k in a)
+
+
+def test_one_batch_is_overfitted(make_ilm):
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    batch = examples.batch("text", 2, np.random.default_rng(1))
+    optimizer, history = train_stage1.make_optimizer(model, 1e-2, 0.0), []
+    for step in range(60):
+        total, nll = model(batch)
+        (total / len(nll)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(nll.mean().item())
+    assert history[-1] < history[0] / 3
+
+
+def test_validation_loss_takes_the_history_out(make_ilm):
+    """-log [p(target) / (1 - p(history))], against the definition."""
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    losses = held_out_losses(model, examples.held_out("valid", 3, 2), "cpu")
+    users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:3]]
+    for task in ("sequential", "straightforward"):
+        wanted = []
+        for k, u in enumerate(users):
+            history, target = model.dataset.items_of(u, "valid"), model.dataset.target(u, "valid")
+            prompt = examples.ranking(task, u, history, examples.templates[task, "seen"][k])
+            with torch.no_grad():
+                p = [log_p(model, prompt, model.name_ids[i]).double().sum().exp().item() for i in (target, *history)]
+            wanted.append(-np.log(p[0] / (1 - sum(p[1:]))))
+        assert losses[task] == pytest.approx(np.mean(wanted), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def stage1(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "stage1"
+    subprocess.run([sys.executable, str(ROOT / "train_stage1.py"), "--data", str(toy), "--out", str(out), "--steps", "2",
+                    "--batch-size", "8", *SHAPE], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def test_ilm_starts_from_its_stage_1_run_and_refuses_another_shape(toy, stage1, tmp_path):
+    done = run(toy, tmp_path / "a", "--stage1", stage1, "--steps", 1, "--lr", 0)
+    assert done.returncode == 0, done.stderr
+    model, (qformer, _, _) = load_ilm(tmp_path / "a", torch.device("cpu")), train_stage1.load_stage1(stage1, load_ilm(
+        tmp_path / "a", torch.device("cpu")).dataset, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), qformer.parameters()))
+    done = run(toy, tmp_path / "b", "--stage1", stage1, "--steps", 1, "--num-queries", 7)
+    assert done.returncode == 2 and "has 2; leave it out" in done.stderr and done.stderr.count("\n") == 1
+    done = run(toy, tmp_path / "c", "--stage1", tmp_path / "none", "--steps", 1)
+    assert done.returncode == 2 and "run train_stage1.py" in done.stderr
+    done = run(toy, tmp_path / "d", "--method", "mlp", "--llm", tmp_path / "none", "--steps", 1)
+    assert done.returncode == 2 and "no such folder" in done.stderr
+
+
+@pytest.mark.parametrize("method", [["ilm-rand", *SHAPE], ["mlp", "--num-queries", "2"], ["text"], ["text", "--train-llm"]])
+def test_a_run_loads_to_the_same_scores(toy, tmp_path, method):
+    done = run(toy, tmp_path, "--steps", 2, "--method", *method)
+    assert done.returncode == 0, done.stderr
+    assert ("(frozen)" in done.stdout) == ("--train-llm" not in method)
+    a, b = (load_ilm(tmp_path, torch.device("cpu")) for _ in range(2))
+    prompt = a.prompt_ids("What would {user} like?", user=3)
+    assert torch.equal(a.rank([prompt], a.trie()), b.rank([prompt], b.trie()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["method"] == method[0] and config["train_llm"] == ("--train-llm" in method)
+
+
+def test_resume_is_bitwise_no_interruption(toy, tmp_path):
+    argv = ["--method", "ilm-rand", *SHAPE, "--steps", "4", "--eval-every", "2"]
+    assert run(toy, tmp_path / "whole", *argv).returncode == 0
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train_stage2 as t
+t.progress = lambda start, steps, what: range(start, 3)
+sys.argv = ['x', '--data', {str(toy)!r}, '--out', {str(tmp_path / 'part')!r}, *{SMALL + argv!r}]
+t.main()"""], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(toy, tmp_path / "part", *argv, "--resume").returncode == 0
+    a, b = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("whole", "part"))
+    assert a["step"] == b["step"] == 4 and all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "part/model.safetensors").read_bytes()
