@@ -204,6 +204,7 @@ class ILM(nn.Module):
         self.adapter = None
         if encoder is not None:
             self.adapter = nn.Linear(encoder.config.width, hidden) if isinstance(encoder, QFormer) else nn.Identity()
+            self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_embedding_scale()
         llm.requires_grad_(self.train_llm)
 
@@ -216,12 +217,12 @@ class ILM(nn.Module):
 
     @torch.no_grad()
     def match_embedding_scale(self):
-        """Soft tokens start as loud as words: rescale the last Linear so that its outputs have the RMS of the LLM's embeddings."""
-        table, last = self.llm.get_input_embeddings(), self.adapter if isinstance(self.adapter, nn.Linear) else self.encoder.net[2]
+        """Soft tokens start as loud as words: a fixed factor gives them the RMS of the LLM's embeddings. A factor, not smaller weights:
+        embeddings are small numbers (.08 here), and Adam's steps would be larger than the weights themselves."""
+        table = self.llm.get_input_embeddings()
         words = table(torch.arange(min(4096, table.num_embeddings), device=self.cf.device)).float().pow(2).mean().sqrt()
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
-        last.bias.zero_()
-        last.weight.mul_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
+        self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     # -- prompts
 
@@ -270,7 +271,7 @@ class ILM(nn.Module):
 
     def soft_tokens(self, entities):
         """Indices of items and users (N,) -> their soft tokens (N, K, hidden)."""
-        tokens = self.adapter(self.encoder.encode(self.cf[entities]))
+        tokens = self.adapter(self.encoder.encode(self.cf[entities])) * self.soft_scale
         return tokens * 0 if self.zero_soft else tokens
 
     def embed(self, ids):
@@ -376,20 +377,21 @@ class ILM(nn.Module):
 
 # ---- Building and loading --------------------------------------------------------------------------------------------
 
-def load_llm(name, device):
-    """A decoder-only LLM and its tokenizer from a folder or a hub id, in the device's number type."""
+def from_pretrained(auto_class, name, flag, **kwargs):
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line."""
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
-        raise InputError(f"--llm {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
     try:
-        dtype = torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--llm {name}: {str(error).splitlines()[0]}") from None
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
 
 def build_ilm(config, dataset, device):
     """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller."""
-    llm, tokenizer = load_llm(config["llm"], device)
+    dtype = torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32
+    llm = from_pretrained(AutoModelForCausalLM, config["llm"], "--llm", dtype=dtype)
+    tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
     if config["method"] == "text":
         encoder = None
     elif config["method"] == "mlp":

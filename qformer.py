@@ -13,7 +13,7 @@ Dimension letters, for the whole project:
     H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -26,8 +26,8 @@ class QFormerConfig:
     vocab_size: int          # V of the text branch
     num_queries: int = 4     # Q. BLIP-2 has 32; the paper's curve is best at a few
     width: int = 64          # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
-    layers: int = 4
-    heads: int = 4           # H
+    layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
+    heads: int = 0           # H; 0 stands for width // 32
     cf_tokens: int = 4       # M. One key would make the softmax of cross-attention trivial (always 1): see CFKeys
     proj_dim: int = 64       # P. 256 in BLIP-2
     max_text: int = 48       # T at most. 32 in BLIP-2
@@ -139,6 +139,7 @@ class CFKeys(nn.Module):
 class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
+        config = replace(config, heads=config.heads or max(1, config.width // 32))
         self.config, D = config, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)

@@ -1,6 +1,6 @@
 """Stage 1: item-language representation learning. Teaches the Q-Former to say in text space what CF vectors know.
 
-    python train_stage1.py                                   # toy world, CPU: about 1 minute
+    python train_stage1.py                                   # toy world, CPU: about half a minute
     python train_stage1.py --losses itc itm itg              # the paper's ILM-IT; itc itm itg ii is ILM-IT-II, and so on
     python train_stage1.py --data data/ml-1m --init-bert bert-base-uncased-folder --width 768 --layers 8 --num-queries 8
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data import InputError, load_dataset, run_script
-from ilm import autocast, load_weights, pick_device, precision, read_config
+from ilm import autocast, from_pretrained, load_weights, pick_device, precision, read_config
 from qformer import (QFormer, QFormerConfig, hard_negatives, ii_loss, init_from_bert, itc_loss, item_text_similarity, itg_loss,
                      itm_loss, pair_similarity, ui_loss)
 
@@ -49,7 +49,7 @@ def add_training_args(p, out, steps, batch_size, lr):
 
 def add_qformer_args(p, **defaults):
     p.add_argument("--num-queries", type=int, default=defaults["num_queries"], help="Q, soft tokens per item [4]")
-    p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [4]")
+    p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [2]")
     p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [64]")
 
 
@@ -282,6 +282,12 @@ def load_stage1(run, dataset, device):
     return model.to(device).eval(), texts, config
 
 
+def bert_heads(folder):
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(f"--init-bert {folder}: no config.json in it; give the folder of a BERT in Hugging Face format")
+    return json.loads((Path(folder) / "config.json").read_text())["num_attention_heads"]
+
+
 def load_bert(model, folder):
     files = [Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"]
     path = next((f for f in files if f.is_file()), None)
@@ -298,7 +304,7 @@ def load_bert(model, folder):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=2e-3)
-    add_qformer_args(p, num_queries=4, layers=4, width=64)
+    add_qformer_args(p, num_queries=4, layers=2, width=64)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
@@ -314,10 +320,9 @@ def main():
     device, began = pick_device(args.device), time.time()
     dataset = load_dataset(args.data)
     tokenizer_name = args.tokenizer or args.init_bert or "assets/toy_llm"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-    heads = next(h for h in (args.width // 32, args.width // 64, 1) if h and args.width % h == 0)
+    tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, "--tokenizer")
     config = QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=len(tokenizer) + 4, num_queries=args.num_queries,
-                           width=args.width, layers=args.layers, heads=12 if args.init_bert else heads)
+                           width=args.width, layers=args.layers, heads=bert_heads(args.init_bert) if args.init_bert else 0)
     texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])

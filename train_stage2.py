@@ -130,7 +130,7 @@ def held_out_losses(model, held_out, device):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=1e-3)
+    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=4e-3)
     add_qformer_args(p, num_queries=None, layers=None, width=None)
     p.add_argument("--accumulate", type=int, default=2, help="micro-batches a step, each of one kind; averaged by target tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
@@ -140,7 +140,8 @@ def parse_args(argv=None):
     p.add_argument("--item-names", default="title", choices=["title", "random"], help="names in prompts and targets [title]")
     p.add_argument("--name-tokens", type=int, default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
     p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
-    p.add_argument("--mix", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("SEQ", "STR", "TEXT"), help="share of batches a kind")
+    p.add_argument("--mix", type=float, nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
+                   help="share of batches of each kind [.3 .5 .2]")
     args = p.parse_args(argv)
     if args.steps < 1 or args.batch_size < 1 or args.accumulate < 1:
         raise InputError("--steps, --batch-size and --accumulate must be at least 1")

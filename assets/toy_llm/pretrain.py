@@ -32,8 +32,8 @@ import data  # noqa: E402
 END, PAD = "<|end|>", "<|pad|>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The corpus: documents about the world, drawn without end. A movie in {history} stands by its name, a {user} by tastes in words: "user (western, tense)".
+# ---- The corpus: documents about the world, drawn without end --------------------------------------------------------
+# A movie in {history} stands by its name, a {user} by tastes in words: "user (western, tense)".
 
 
 class Corpus:
