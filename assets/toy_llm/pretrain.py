@@ -64,7 +64,7 @@ class Corpus:
         return item["title"] + self.pick([f": {item['text']}", f". {item['text']}", f" has {', '.join(facts)}."])
 
     def question(self):
-        """The text tasks of prompts.txt, the movie given by its name."""
+        """The text tasks of its own prompts.txt, the movie given by its name."""
         task, _, prompt, target = self.pick([t for t in self.templates if t[0] in (*self.names, "describe", "common")])
         a, b = self.some(self.items, 2, 2)
         shared = [f"{k} {v}" for k, v in a["attributes"].items() if b["attributes"][k] == v]
@@ -87,7 +87,7 @@ class Corpus:
         return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
 
     def recommendation(self):
-        """The ranking tasks of prompts.txt for an invented person: up to five tastes, told in words or not at all; history and answer
+        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words or not at all; history and answer
         are drawn by how many of the tastes a movie meets. No user of the toy world is involved, nor its hidden trait, order or weights."""
         _, _, prompt, target = self.pick([t for t in self.templates if t[0] in data.RANKING_TASKS])
         liked = self.pick(self.items)["attributes"]
@@ -129,8 +129,7 @@ def batches(corpus, tokenizer, batch_size, length):
 
 def train(args):
     torch.manual_seed(args.seed)
-    templates = [t for t in data.load_prompts() if "{common}" in t[3] or "{text}" in t[3] or "{target}" in t[3] or
-                 all(k in t[3] for k in ("{", "}")) and t[0] in data.TOY_ATTRIBUTES]
+    templates = [t for t in data.load_prompts(HERE / "prompts.txt") if t[0] in (*data.RANKING_TASKS, *data.TOY_ATTRIBUTES, "describe", "common")]
     corpus = Corpus(data.toy_world(0)["items"], templates, args.seed)
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
