@@ -95,9 +95,8 @@ def reference_scores(dataset, users, split):
     yield "popularity", lambda batch: count.expand(len(batch), I).clone()
 
     rows = torch.cat([torch.full_like(s, u) for u, s in train.items()])
-    matrix = torch.sparse_coo_tensor(torch.stack([rows, torch.cat(list(train.values()))]), torch.ones(len(rows)),
-                                     (len(dataset.users), I)).coalesce()
-    matrix = torch.sparse_coo_tensor(matrix.indices(), torch.ones(matrix._nnz()), matrix.shape)
+    index = torch.unique(torch.stack([rows, torch.cat(list(train.values()))]), dim=1)      # a repeated purchase counts once
+    matrix = torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), (len(dataset.users), I), check_invariants=True).coalesce()
 
     def item_knn(batch):
         """Sum over the history of the cosine between item columns (co-occurrence / sqrt of counts)."""

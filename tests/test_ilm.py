@@ -36,7 +36,7 @@ def test_soft_tokens_follow_the_names(make_ilm, method):
     K = model.K if method != "text" else 0
     assert slots == [e * model.K + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
     words = model.tokenizer.decode([i for i in ids if i < SOFT_BASE])
-    user = "user ( )" if K else f"user ({model.dataset.users[7]})"
+    user = "user ()" if K else f"user ({model.dataset.users[7]})"
     assert words == f"{model.names[3]}, {model.names[5]} and {model.names[4]} of {user}:"
 
 

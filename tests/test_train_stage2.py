@@ -57,7 +57,7 @@ def test_validation_loss_takes_the_history_out(make_ilm):
     """-log [p(target) / (1 - p(history))], against the definition."""
     model = make_ilm()
     examples = Examples(model, model.dataset)
-    losses = held_out_losses(model, examples.held_out("valid", 3, 2), "cpu")
+    losses = held_out_losses(model, examples.held_out("valid", 3, 2), torch.device("cpu"))
     users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:3]]
     for task in ("sequential", "straightforward"):
         wanted = []
