@@ -160,7 +160,7 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries, std=std)
-        # The CF vector has to be heard: with BERT's small weights it makes up 5 % of the soft tokens' variance at the start, so 40 %.
+        # The CF vector has to be heard: with BERT's small weights it is 5 % of the soft tokens' variance at the start (4 layers), so 40 %.
         nn.init.normal_(self.cf_keys.linear.weight, std=config.cf_dim**-0.5)
         for cross in (layer.cross_attention for layer in self.layers if layer.cross_attention is not None):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
