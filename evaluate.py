@@ -1,6 +1,6 @@
 """Metrics, controls and tables: what a run is worth, beside what simpler things are worth.
 
-    python evaluate.py                                                    # all runs of out/toy, about 1 minute
+    python evaluate.py                                                    # all runs of out/toy, about 20 seconds
     python evaluate.py --run out/toy/ilm out/toy/mlp --controls --json results.json
 
 Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one seen and one unseen

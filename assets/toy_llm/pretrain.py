@@ -95,7 +95,7 @@ class Corpus:
         matches = np.array([sum(m["attributes"][name] == value for name, value in tastes) for m in self.items])
         p = np.exp(2.5 * matches)
         chosen = self.rng.choice(len(self.items), size=int(self.rng.integers(2, 21)), replace=False, p=p / p.sum())
-        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ((), chosen[0])  # unseen choices must not use up the best
+        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ((), chosen[0])  # unseen ones must not use up the best
         told = tastes if "{history}" not in prompt or self.rng.random() < 0.5 else self.some(tastes, 0, len(tastes))
         user = f"user ({', '.join(value for _, value in told)})" if told else "user"
         history = ", ".join(self.items[i]["title"] for i in history)
@@ -129,7 +129,8 @@ def batches(corpus, tokenizer, batch_size, length):
 
 def train(args):
     torch.manual_seed(args.seed)
-    templates = [t for t in data.load_prompts(HERE / "prompts.txt") if t[0] in (*data.RANKING_TASKS, *data.TOY_ATTRIBUTES, "describe", "common")]
+    tasks = (*data.RANKING_TASKS, *data.TOY_ATTRIBUTES, "describe", "common")
+    templates = [t for t in data.load_prompts(HERE / "prompts.txt") if t[0] in tasks]
     corpus = Corpus(data.toy_world(0)["items"], templates, args.seed)
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
