@@ -87,7 +87,7 @@ class Corpus:
         return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
 
     def recommendation(self):
-        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words or not at all; history and answer
+        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words or not; history and answer
         are drawn by how many of the tastes a movie meets. No user of the toy world is involved, nor its hidden trait, order or weights."""
         _, _, prompt, target = self.pick([t for t in self.templates if t[0] in data.RANKING_TASKS])
         liked = self.pick(self.items)["attributes"]
