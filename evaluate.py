@@ -191,7 +191,7 @@ def controls(model, examples, users, args, device):
 
 
 def evaluate_run(run, args, device):
-    """One run directory -> the dict of metrics.json (DESIGN: a contract; keys are only added)."""
+    """One run directory -> the dict of metrics.json (forks read it: keys are only added)."""
     began, config = time.time(), json.loads((Path(run) / "config.json").read_text())
     data = args.data or config["data"]
     out = {"run": str(run), "kind": config["kind"], "dataset": data, "seed": config["seed"], "split": args.split,

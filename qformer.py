@@ -28,7 +28,7 @@ class QFormerConfig:
     width: int = 64          # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
     layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
     heads: int = 0           # H; 0 stands for width // 32
-    cf_tokens: int = 4       # M. One key would make the softmax of cross-attention trivial (always 1): see CFKeys
+    cf_tokens: int = 4       # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys
     proj_dim: int = 64       # P. 256 in BLIP-2
     max_text: int = 48       # T at most. 32 in BLIP-2
     dropout: float = 0.1

@@ -102,8 +102,8 @@ def to(batch, device):
 
 @torch.no_grad()
 def held_out_losses(model, held_out, device):
-    """{kind: mean loss}. text: -log p per target token. Ranking: -log p(target | not in the history), nats per user, about ln I at the
-    start. p(history) is divided out because a training user's CF vector contains their training targets: a trained model
+    """{kind: mean loss}. text: -log p per target token. Ranking: -log p(target | not in the history), nats per user; a
+    uniform guess has ln I. p(history) is divided out because a training user's CF vector contains their training targets: a trained model
     is right to expect them, evaluation takes them out, and the plain loss would call every good model overfitted."""
     model.eval()
     losses = {}
