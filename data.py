@@ -206,12 +206,14 @@ def finish_item(key, item):
 
 def unique_titles(items):
     """A recommender has to name items: equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many."""
-    seen, changed = set(), 0
+    seen, changed = {}, 0
     for item in items:
-        wanted = item["title"] or f"item {item['id']}"
-        title = next(t for t in (wanted, *(f"{wanted} ({n})" for n in range(2, len(items) + 2))) if t not in seen)
+        title = wanted = item["title"] or f"item {item['id']}"
+        while title in seen:
+            seen[wanted] += 1
+            title = f"{wanted} ({seen[wanted]})"
         changed, item["title"] = changed + (title != item["title"]), title
-        seen.add(title)
+        seen[title] = 1
     return changed
 
 
@@ -227,41 +229,49 @@ def k_core(users, items, min_count):
 
 # ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
 
-def als_solve(fixed, indptr, indices, alpha, reg, budget=1 << 18):
-    """Least-squares vectors of one side given the other: for row r with items S, solve
+def length_batches(rows, columns, num_rows, pad, budget=1 << 15):
+    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length together, filled up with `pad`.
 
-        (Y'Y + alpha * sum_{i in S} y_i y_i' + reg * 1) x_r = (1 + alpha) * sum_{i in S} y_i
-
-    fixed (N, E), indptr (R+1,), indices (nnz,) -> (R, E). Rows of similar length are solved together, at most `budget`
-    padded interactions at a time, so memory stays linear in interactions. Solving one new row is the fold-in of a new user.
+    At most `budget` entries each (a single longer row apart): small enough for the processor's cache, so that als_solve runs from there.
     """
-    E, lengths = fixed.shape[1], indptr[1:] - indptr[:-1]
-    gram = fixed.T @ fixed + reg * torch.eye(E)
-    out, order = torch.zeros(len(lengths), E), torch.argsort(lengths)
-    start = int((lengths == 0).sum())  # a row without interactions is the zero vector
-    while start < len(order):
-        longest = lengths[order[start:]] * torch.arange(1, len(order) - start + 1)  # padded size if the chunk ends here
-        rows = order[start:start + max(1, int((longest <= budget).sum()))]
-        offsets = torch.arange(int(lengths[rows[-1]]))                            # (L,)
-        valid = offsets < lengths[rows, None]                                     # (R, L)
-        position = (indptr[rows, None] + offsets).clamp(max=len(indices) - 1)
-        Y = fixed[indices[position]] * valid[..., None]                           # (R, L, E)
-        A = gram + alpha * (Y.transpose(1, 2) @ Y)                                # (R, E, E)
+    lengths = torch.bincount(rows, minlength=num_rows)
+    begin, order = lengths.cumsum(0) - lengths, torch.argsort(lengths)
+    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()
+    start, batches = int((lengths == 0).sum()), []
+    while start < num_rows:
+        longest = lengths[order[start:start + budget]]
+        some = order[start:start + max(1, int((longest * torch.arange(1, len(longest) + 1) <= budget).sum()))]
+        offset = torch.arange(int(lengths[some[-1]]))
+        batches.append((some, columns[torch.where(offset < lengths[some, None], begin[some, None] + offset, len(columns) - 1)]))
+        start += len(some)
+    return batches
+
+
+def als_solve(fixed, batches, num_rows, alpha, reg):
+    """Least-squares vectors of one side given the other's, fixed (N, E) -> (num_rows, E). For each row with the columns S, solve
+
+        (Y'Y + alpha * sum_{i in S} y_i y_i' + reg * 1) x = (1 + alpha) * sum_{i in S} y_i
+
+    Column N, the padding, is a vector of zeros; a row without interactions gets one too. One new row is the fold-in of a new user.
+    """
+    E = fixed.shape[1]
+    gram, fixed, out = fixed.T @ fixed + reg * torch.eye(E), F.pad(fixed, (0, 0, 0, 1)), torch.zeros(num_rows, E)
+    for rows, columns in batches:
+        Y = F.embedding(columns, fixed)                                           # (R, L, E)
+        A = torch.baddbmm(gram, Y.transpose(1, 2), Y, alpha=alpha)                # (R, E, E)
         out[rows] = torch.cholesky_solve((1 + alpha) * Y.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
-        start += len(rows)
     return out
 
 
 def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
     """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)
-    csr = lambda rows, columns, n: (F.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0)), columns[rows.argsort(stable=True)])
-    by_user, by_item = csr(users, items, num_users), csr(items, users, num_items)  # (indptr, indices) each
+    by_user, by_item = length_batches(users, items, num_users, num_items), length_batches(items, users, num_items, num_users)
     item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) * dim**-0.5
-    item_cf[by_item[0][1:] == by_item[0][:-1]] = 0  # an item that training never saw has no vector and lends nothing
+    item_cf[torch.bincount(items, minlength=num_items) == 0] = 0  # an item that training never saw has no vector and lends nothing
     for _ in range(iterations):
-        user_cf = als_solve(item_cf, *by_user, alpha, reg)
-        item_cf = als_solve(user_cf, *by_item, alpha, reg)
+        user_cf = als_solve(item_cf, by_user, num_users, alpha, reg)
+        item_cf = als_solve(user_cf, by_item, num_items, alpha, reg)
     return user_cf, item_cf
 
 
@@ -360,7 +370,7 @@ def text_tasks(items, splits, templates, seed):
         for i in (i for pool in pools.values() for i in pool):
             chosen, facts = [i], {"text": items[i]["text"], **items[i]["attributes"]}
             if prompt.count("{item}") == 2:
-                chosen.append(int(rng.choice(pools[splits[i]])))
+                chosen.append(pools[splits[i]][int(rng.integers(len(pools[splits[i]])))])
                 other = items[chosen[1]]["attributes"]
                 facts["common"] = ", ".join(f"{k} {v}" for k, v in items[i]["attributes"].items() if other.get(k) == v) or "nothing"
             if all(name in facts for name in re.findall(r"\{(\w+)\}", target)) and len(set(chosen)) == prompt.count("{item}"):

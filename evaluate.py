@@ -49,12 +49,13 @@ def ranking_metrics(ranks):
     return {**out, "users": len(ranks), "se": se}
 
 
-def remove_history(scores, histories, targets):
-    """-inf for the items of each user's history, but never for the target. Changes scores (B, I) in place."""
-    for row, (history, target) in enumerate(zip(histories, targets)):
-        seen = torch.as_tensor(np.asarray(history, dtype=np.int64), device=scores.device)
-        scores[row, seen[seen != target]] = -torch.inf
-    return scores
+def targets_and_taken(dataset, users, split, keep_history):
+    """The items to be found (B,), and True at those that shall not be (B, I): the user's history, but never the target itself."""
+    targets, taken = [dataset.target(u, split) for u in users], torch.zeros(len(users), len(dataset.items), dtype=torch.bool)
+    for row, u in enumerate(users if not keep_history else []):
+        taken[row, torch.as_tensor(dataset.items_of(u, split).astype(np.int64))] = True
+        taken[row, targets[row]] = False
+    return torch.tensor(targets), taken
 
 
 # ---- References ------------------------------------------------------------------------------------------------------
@@ -122,16 +123,10 @@ def references(dataset, users, split, keep_history):
         ranks = []
         for start in range(0, len(users), 256):
             batch = users[start:start + 256]
-            ranks.append(finish_ranks(dataset, batch, split, score(batch), keep_history))
+            targets, taken = targets_and_taken(dataset, batch, split, keep_history)
+            ranks.append(target_ranks(score(batch).masked_fill(taken, -torch.inf), targets))
         out[name] = ranking_metrics(torch.cat(ranks))
     return out
-
-
-def finish_ranks(dataset, users, split, scores, keep_history):
-    targets = [dataset.target(u, split) for u in users]
-    if not keep_history:
-        remove_history(scores, [dataset.items_of(u, split) for u in users], targets)
-    return target_ranks(scores, torch.tensor(targets, device=scores.device)).cpu()
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -145,9 +140,9 @@ def rank_users(model, examples, task, prompts, users, args, device):
     for start in tqdm(range(0, len(users), args.batch_size), desc=f"{task} {prompts}", disable=None, leave=False):
         batch = users[start:start + args.batch_size]
         ids = [examples.ranking(task, u, dataset.items_of(u, args.split), templates[int(u) % len(templates)]) for u in batch]
+        targets, taken = (x.to(device) for x in targets_and_taken(dataset, batch, args.split, args.keep_history))
         with autocast(device):
-            scores = model.rank(ids, trie, beams)
-        ranks.append(finish_ranks(dataset, batch, args.split, scores, args.keep_history))
+            ranks.append(target_ranks(model.rank(ids, trie, beams, taken), targets).cpu())
     return torch.cat(ranks)
 
 

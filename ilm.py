@@ -117,6 +117,19 @@ def segment_logsumexp(x, segment, num_segments):
     return top + torch.zeros_like(top).index_add(0, segment, (x - top[segment]).exp()).log()
 
 
+def best_of_each(user, score, n):
+    """Which of N scored things are among the `n` best of their user, sorted by user, best first -> indices (M,), places 0 .. n-1 (M,)."""
+    order = score.argsort(descending=True)
+    order = order[user[order].argsort(stable=True)]
+    place = torch.arange(len(order), device=user.device) - torch.searchsorted(user[order], user[order])
+    return order[place < n], place[place < n]
+
+
+def additive(may_attend, dtype):
+    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, which every implementation of it accepts."""
+    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, torch.finfo(dtype).min)
+
+
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
 
 def pack(examples):
@@ -292,16 +305,17 @@ class ILM(nn.Module):
                                   past_key_values=cache, use_cache=use_cache)
         return out.last_hidden_state, out.past_key_values
 
-    def head(self, hidden):
-        return self.llm.get_output_embeddings()(hidden).float()
+    def head(self, hidden, tokens=None):
+        """Logits (N, V), or of some tokens alone."""
+        out = self.llm.get_output_embeddings()
+        if tokens is None:
+            return out(hidden).float()
+        return nn.functional.linear(hidden, out.weight[tokens], None if out.bias is None else out.bias[tokens]).float()
 
     def forward(self, batch):
         """Packed rows (see collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order."""
         embeddings = self.embed(batch["ids"])
-        may_attend = packed_attention(batch)
-        mask = torch.zeros(may_attend.shape, dtype=embeddings.dtype, device=embeddings.device)
-        mask.masked_fill_(~may_attend, torch.finfo(mask.dtype).min)  # additive: every attention implementation agrees on it
-        hidden, _ = self.body(embeddings, mask, batch["position"])
+        hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
         wanted = batch["label"] >= 0
         nll = nn.functional.cross_entropy(self.head(hidden[wanted]), batch["label"][wanted], reduction="none")
         return nll.sum(), nll
@@ -319,46 +333,52 @@ class ILM(nn.Module):
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
-    def rank(self, prompts, trie, beams=0):
-        """log p of every item's name after each prompt: (B, I). beams=0 follows every prefix (exact); otherwise the best `beams` a user,
-        and items whose prefixes were dropped have -inf.
+    def rank(self, prompts, trie, beams=0, taken=None):
+        """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact.
 
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
+        taken (B, I), True: items that shall not be found (the user's history). All prefixes of a user are read side by side in that
+        user's row, a token a step, and a mask shows each of them the prompt and its own beginning, as in packed_attention. So the
+        prompt's keys and values exist once a user, and nothing in the cache is ever moved.
         """
-        ids, mask, position = self.left_pad(prompts)
-        B, device = len(prompts), ids.device
-        scores = torch.full((B, trie.num_items), -torch.inf, device=device)
-        hidden, cache = self.body(self.embed(ids), mask, position, use_cache=True)
-        hidden, position = hidden[:, -1], position[:, -1]
+        ids, sees, position = self.left_pad(prompts)
+        (B, L), device, beams = ids.shape, ids.device, beams or trie.num_items
+        hidden, cache = self.body(self.embed(ids), sees, position, use_cache=True)
+        hidden, position, sees = hidden[:, -1], position[:, -1:], sees.bool()                  # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
+        found = user[:0], node[:0], score[:0]                                                  # finished names: user, item, score
         while len(node):
-            logits = self.head(hidden)                                                         # (N, V)
+            # All continuations of all prefixes
             parent = torch.repeat_interleave(torch.arange(len(node), device=device), trie.count[node])
             offset = torch.arange(len(parent), device=device) - (trie.count[node].cumsum(0) - trie.count[node])[parent]
-            child = trie.first[node][parent] + offset                                          # all continuations of all beams
-            logit = logits[parent, trie.token[child]]
-            total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else logits.logsumexp(1)
-            score = score[parent] + logit - total[parent]
-            user, item = user[parent], trie.item[child]
-            done = item >= 0
-            scores[user[done], item[done]] = score[done]
-            alive = (~done).nonzero()[:, 0]
-            if beams:
-                # A prefix can only lose from here on: below the user's `beams` best finished names it is dead.
-                finished = scores.topk(min(beams, trie.num_items), dim=1)[0][:, -1]
-                alive = alive[score[alive] > finished[user[alive]]]
-                alive = alive[score[alive].argsort(descending=True)]
-                alive = alive[user[alive].argsort(stable=True)]                                # by user, best first
-                start = torch.searchsorted(user[alive], user[alive])
-                alive = alive[torch.arange(len(alive), device=device) - start < beams]
+            child = trie.first[node][parent] + offset
+            allowed, column = trie.token[child].unique(return_inverse=True)
+            logit = self.head(hidden, allowed)[parent, column]
+            total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
+            user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
+            # The best finished names; a prefix that is not above a user's last of them can only lose, and is dead
+            done = (item >= 0) & (True if taken is None else ~taken[user, item])
+            found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
+            kept, place = best_of_each(found[0], found[2], beams)
+            found, bar = [x[kept] for x in found], torch.full((B,), -torch.inf, device=device)
+            bar[found[0][place == beams - 1]] = found[2][place == beams - 1]
+            alive = ((item < 0) & (score > bar[user])).nonzero()[:, 0]
+            kept, place = best_of_each(user[alive], score[alive], beams)
+            alive = alive[kept]
             if not len(alive):
                 break
+            # One more token of each, side by side: row = user, column = place
             user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
-            cache.batch_select_indices(parent)
-            mask = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], 1)
-            position = position[parent] + 1
-            hidden, cache = self.body(self.embed(trie.token[node][:, None]), mask, position[:, None], cache, True)
-            hidden = hidden[:, -1]
+            W, position = int(place.max()) + 1, position[:, :1] + 1
+            sees = torch.cat([sees[parent], place[:, None] == torch.arange(W, device=device)], 1)   # (N, columns of the cache)
+            mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=device)
+            mask[user, place], token = sees, torch.zeros(B, W, dtype=torch.long, device=device)
+            token[user, place] = trie.token[node]
+            embedded = self.embed(token)
+            hidden, cache = self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)
+            hidden = hidden[user, place]
+        scores = torch.full((B, trie.num_items), -torch.inf, device=device)
+        scores[found[0], found[1]] = found[2]
         return scores
 
     @torch.no_grad()

@@ -99,7 +99,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Shared self-attention; cross-attention to the CF keys for queries alone; a feed-forward for each kind."""
+    """Shared self-attention; cross-attention to the CF keys for queries alone; a feed-forward for each kind.
+
+    keep: return the first `keep` states alone (None: all). The others are still attended to, as keys and values.
+    pair (N,): which row of x each row of cf_keys goes with, where x has a row a text and cf_keys one for each of N pairs."""
 
     def __init__(self, config, cross):
         super().__init__()
@@ -108,12 +111,14 @@ class Layer(nn.Module):
         self.query_ffn = FeedForward(config.width, config.dropout)
         self.text_ffn = FeedForward(config.width, config.dropout)
 
-    def forward(self, x, num_queries, cf_keys, mask):
-        x = self.self_attention(x, x, mask)
-        queries, text = x[:, :num_queries], x[:, num_queries:]
+    def forward(self, x, num_queries, cf_keys, mask, keep=None, pair=None):
+        x = self.self_attention(x[:, :keep], x, mask if mask is None else mask[..., :keep, :])
+        queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
+        if pair is not None:
+            queries, text = queries[pair], text[pair]
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
-        return torch.cat([self.query_ffn(queries), self.text_ffn(text)], 1)
+        return torch.cat([self.query_ffn(queries), text], 1)
 
 
 class CFKeys(nn.Module):
@@ -166,12 +171,16 @@ class QFormer(nn.Module):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
             nn.init.normal_(cross.out.weight, std=D**-0.5)
 
-    def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint"):
-        """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None for what was not given."""
+    def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint", keep=None, pair=None):
+        """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None for what was not given.
+
+        Two ways to compute less, with the same results. keep: how many leading states the caller will use; the last layer returns no
+        others. pair (N,): cf has N rows, and row n goes with text pair[n]. Up to the first cross-attention nobody knows the item, and
+        the queries are constants: each text takes that way once, not once for every item that it is matched with."""
         parts, mask, num_queries = [], None, 0
         if cf is not None:
             num_queries = self.config.num_queries
-            parts.append(self.queries.expand(len(cf), -1, -1))
+            parts.append(self.queries.expand(len(cf if pair is None else text_ids), -1, -1))
         if text_ids is not None:
             T = text_ids.shape[1]
             parts.append(self.words(text_ids) + self.positions(torch.arange(T, device=text_ids.device)))
@@ -179,7 +188,9 @@ class QFormer(nn.Module):
         x = F.dropout(self.norm(torch.cat(parts, 1)), self.config.dropout, self.training)   # (B, Q+T, D)
         cf_keys = None if cf is None else self.cf_keys(cf)                                  # (B, M, D)
         for layer in self.layers:
-            x = layer(x, num_queries, cf_keys, mask)
+            x = layer(x, num_queries, cf_keys, mask, keep if layer is self.layers[-1] else None, pair)
+            if pair is not None:
+                mask, pair = mask[pair], None
         return (x[:, :num_queries] if num_queries else None), (x[:, num_queries:] if text_ids is not None else None)
 
     def encode(self, cf):
@@ -196,15 +207,16 @@ class QFormer(nn.Module):
     def query_features(self, query_states):
         return F.normalize(self.query_proj(query_states), dim=-1)                           # (B, Q, P)
 
-    def text_features(self, text_states):
-        return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)                       # (B, P), from [CLS]
+    def text_features(self, text_ids, text_mask):
+        """The [CLS] states of texts that know no queries ("separate"), projected: (B, P)."""
+        return F.normalize(self.text_proj(self(None, text_ids, text_mask, "separate", keep=1)[1][:, 0]), dim=-1)
 
-    def match_logits(self, cf, text_ids, text_mask):
-        """Does this text belong to this item? (B, 2): the mean over queries of a linear head. "joint" pattern."""
-        return self.itm_head(self(cf, text_ids, text_mask, "joint")[0]).mean(1)
+    def match_logits(self, cf, text_ids, text_mask, pair=None):
+        """Does text pair[n] (None: text n) belong to item n? (N, 2): the mean over queries of a linear head. "joint" pattern."""
+        return self.itm_head(self(cf, text_ids, text_mask, "joint", keep=self.config.num_queries, pair=pair)[0]).mean(1)
 
     def lm_logits(self, text_states):
-        """Next-token logits (B, T, V); the output table is the input table, as in BERT."""
+        """States (..., D) -> next-token logits (..., V); the output table is the input table, as in BERT."""
         return self.lm_norm(F.gelu(self.lm_transform(text_states))) @ self.words.weight.T + self.lm_bias
 
     def scale(self):
@@ -267,13 +279,18 @@ def itm_loss(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
-def itg_loss(logits, text_ids, text_mask, label_smoothing=0.1):
-    """Item-grounded text generation: -log p(next token | queries, tokens so far), the mean over real tokens.
+def itg_loss(logits, targets, label_smoothing=0.1):
+    """Item-grounded text generation: -log p(next token | queries, tokens so far), the mean over the real tokens of all texts.
 
-    logits (B, T, V) at [DEC] t1 t2 ..., text_ids (B, T) with t1 at position 1 -> scalar. About ln V at the start.
+    logits (N, V), targets (N,) from next_tokens -> scalar. About ln V at the start.
     """
-    targets = text_ids[:, 1:].masked_fill(~text_mask[:, 1:], -100)
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+def next_tokens(text_states, text_ids, text_mask):
+    """States (B, T, D) at [DEC] t1 t2 ..., with t1 at position 1 of text_ids -> states (N, D) that have a real next token, and it (N,)."""
+    real = text_mask[:, 1:]
+    return text_states[:, :-1][real], text_ids[:, 1:][real]
 
 
 def ii_loss(similarity, scale, same):

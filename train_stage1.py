@@ -13,6 +13,7 @@ the validation items. DEVIATION: the paper alternates item-text and item-item ba
 The first part of this file is what both training scripts need: schedule, optimizer, run directory.
 """
 import argparse
+import inspect
 import json
 import math
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -29,7 +32,7 @@ from transformers import AutoTokenizer
 from data import InputError, load_dataset, run_script
 from ilm import autocast, from_pretrained, load_weights, pick_device, precision, read_config
 from qformer import (QFormer, QFormerConfig, hard_negatives, ii_loss, init_from_bert, itc_loss, item_text_similarity, itg_loss,
-                     itm_loss, pair_similarity, ui_loss)
+                     itm_loss, next_tokens, pair_similarity, ui_loss)
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
 
@@ -86,7 +89,7 @@ def print_parameters(model):
     for name, child in model.named_children():
         total = sum(p.numel() for p in child.parameters())
         train = sum(p.numel() for p in child.parameters() if p.requires_grad)
-        print(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable" + ("  (frozen)" if total and not train else ""))
+        say(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable" + ("  (frozen)" if total and not train else ""))
 
 
 def write_file(path, write):
@@ -101,7 +104,7 @@ class RunDirectory:
 
     def __init__(self, args, config):
         self.path, self.config, self.start, self.best = Path(args.out), config, 0, math.inf
-        self.state = None
+        self.state, self.writes = None, process()[0] == 0
         if args.resume:
             if not (self.path / "state.pt").is_file():
                 raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
@@ -112,15 +115,17 @@ class RunDirectory:
             self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
             self.start, self.best = self.state["step"], self.state["best"]
             lines = [x for x in (self.path / "log.jsonl").read_text().splitlines() if json.loads(x)["step"] < self.start]
-            write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
-        else:
+            if self.writes:
+                write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
+        elif self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1)))
             write_file(self.path / "log.jsonl", lambda f: f.write_text(""))
 
     def log(self, **row):
-        with open(self.path / "log.jsonl", "a") as f:
-            f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        if self.writes:
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     def restore(self, parameters, optimizer, scaler):
         if self.state:
@@ -132,6 +137,8 @@ class RunDirectory:
 
     def save(self, step, parameters, optimizer, scaler, loss, targets=0):
         """Called after each validation: the state always, the weights when they are the best so far."""
+        if not self.writes:
+            return
         weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
         if loss < self.best:
             self.best = loss
@@ -149,7 +156,91 @@ def check_finite(losses, step):
 
 def progress(start, steps, what):
     """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
-    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=None, leave=False)
+    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=process()[0] > 0 or None, leave=False)
+
+
+# ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
+# N processes make the very run that one would make. A batch is drawn whole by each of them; each computes its own rows; gradients are
+# averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
+# contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
+
+def start_processes(args):
+    """-> device, rank, number of processes. A single process never touches the process group."""
+    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return device, 0, 1
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, *process()
+
+
+def process():
+    """-> rank, number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_rows(count):
+    """The rows of a batch of `count` that this process computes."""
+    rank, world = process()
+    return slice(rank * count // world, (rank + 1) * count // world)
+
+
+class Gather(torch.autograd.Function):
+    """The rows of this process -> the rows of all, (B/N, ...) -> (B, ...). Backward: what all of them want changed in ours, summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x, count):
+    """Features of this process's rows -> those of all `count` rows of the batch."""
+    return x if len(x) == count else Gather.apply(x)
+
+
+def sum_over_processes(*values):
+    """Numbers -> their sums over all processes."""
+    values = torch.tensor(values, dtype=torch.double)
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def distribute(module, world, **kwargs):
+    """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name depends on torch's version)."""
+    ddp = nn.parallel.DistributedDataParallel
+    flag = next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in inspect.signature(ddp).parameters)
+    return ddp(module, **{flag: False}, **kwargs) if world > 1 else module
+
+
+def say(text):
+    """Print by the first process alone, above the progress bar."""
+    if process()[0] == 0:
+        tqdm.write(text)
+
+
+def run_training(main):
+    """run_script; where another process of the run has died, one line says so and how to go on."""
+    try:
+        run_script(main)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        raise SystemExit(f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
+                         "go on with --resume") from None
 
 
 # ---- Batches: every one a function of (seed, step), so that a resumed run sees what an uninterrupted one would -------
@@ -198,47 +289,73 @@ class Pairs:
 
     def ui(self, count, rng):
         """(B,) user indices, each once; (B,) item indices."""
-        chosen = rng.choice(len(self.users), size=min(count, len(self.users)), replace=False)
+        chosen = rng.choice(len(self.users), size=count, replace=False)
         items = [int(rng.choice(self.sequences[k])) for k in chosen]
         return torch.tensor(self.users[chosen]), torch.tensor(items)
 
 
 # ---- The five losses on one batch ------------------------------------------------------------------------------------
 
-def item_text_losses(model, cf, ids, mask, same, dec, generator=None):
-    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B)."""
+def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice(None)):
+    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B).
+
+    rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered.
+    """
     dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
     # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
-    queries, written = model(cf, dec_ids, mask, "causal")
-    _, read = model(None, ids, mask, "separate")
-    similarity = item_text_similarity(model.query_features(queries), model.text_features(read))
+    queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
+    features = gather(model.query_features(queries), len(cf)), gather(model.text_features(ids[rows], mask[rows]), len(cf))
+    similarity = item_text_similarity(*features)                                            # (B, B), by every process
     wrong_text, wrong_item = hard_negatives(similarity * model.scale(), same, generator)
-    rows = torch.arange(len(cf), device=cf.device)
-    item, text = torch.cat([rows, rows, wrong_item]), torch.cat([rows, wrong_text, rows])   # 3B pairs, the first B are real
+    own = torch.arange(len(cf), device=cf.device)[rows]
+    item, text = torch.cat([own, own, wrong_item[rows]]), torch.cat([own, wrong_text[rows], own])   # 3B pairs, the first B are real
     labels = ((item == text) | same[item, text]).long()
+    written, targets = next_tokens(written, ids[rows], mask[rows])                          # no logits for padding
+    share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()                           # 1 for a single process
     return {"itc": itc_loss(similarity, model.scale(), same),
-            "itm": itm_loss(model.match_logits(cf[item], ids[text], mask[text]), labels),
-            "itg": itg_loss(model.lm_logits(written), ids, mask)}, similarity
+            "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
+            "itg": itg_loss(model.lm_logits(written), targets) * share}, similarity
 
 
-def pair_losses(model, dataset, texts, pairs, batch_size, losses, rng, device):
-    """II and UI on fresh pairs -> dict of scalars, and the top-1 accuracy of each beside its chance."""
-    out, accuracy = {}, {}
-    for name, draw, loss in (("ii", pairs.ii, ii_loss), ("ui", pairs.ui, ui_loss)):
-        if name in losses:
-            left, right = draw(batch_size, rng)
-            a, b = left if name == "ui" else texts.group[left], texts.group[right]
-            same = (a[:, None] == a[None]) | (b[:, None] == b[None])                        # false negatives, see ii_loss
-            if name == "ii":
-                same |= a[:, None] == b[None]
-            same.fill_diagonal_(False)
-            cf = torch.cat([(dataset.user_cf if name == "ui" else dataset.item_cf)[left], dataset.item_cf[right]]).to(device)
-            left, right = model.query_features(model.encode(cf)).chunk(2)
-            similarity = pair_similarity(left, right)
-            out[name] = loss(similarity, model.scale(), same.to(device))
-            best = similarity.masked_fill(same.to(device), -2).argmax(1)
-            accuracy[f"{name}_accuracy"] = (best == torch.arange(len(best), device=device)).float().mean().item()
-    return out, accuracy
+def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
+    """ii or ui on B pairs: CF vectors (B, E) of both sides, and what tells their items (or users, or texts) apart, (B,) each.
+
+    -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B).
+    """
+    same = (left[:, None] == left[None]) | (right[:, None] == right[None])                  # false negatives, see ii_loss
+    if name == "ii":
+        same |= left[:, None] == right[None]
+    same = same.fill_diagonal_(False).to(left_cf.device)
+    features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
+    similarity = pair_similarity(*(gather(x, len(same)) for x in features))
+    hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
+    return {"ii": ii_loss, "ui": ui_loss}[name](similarity, model.scale(), same), hit.float().mean()
+
+
+class Objective(nn.Module):
+    """All losses of a step in one forward, which is what DistributedDataParallel can follow."""
+
+    def __init__(self, model, dataset, texts, losses):
+        super().__init__()
+        self.model, self.dataset, self.texts, self.losses = model, dataset, texts, losses
+
+    def forward(self, batch, generator=None):
+        """batch: {"text": items (B,), "ii": (items, items), "ui": (users, items)}, any of them -> dict of losses, dict of accuracies."""
+        dataset, texts, device = self.dataset, self.texts, self.model.queries.device
+        losses, accuracy = {}, {}
+        if "text" in batch:
+            items = batch["text"]
+            ids, mask, same = (t.to(device) for t in texts.batch(items))
+            losses, _ = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
+                                         own_rows(len(items)))
+        for name in ("ii", "ui"):
+            if name in batch:
+                left, right = batch[name]
+                left_cf, kind = (dataset.user_cf[left], left) if name == "ui" else (dataset.item_cf[left], texts.group[left])
+                losses[name], accuracy[f"{name}_accuracy"] = pair_loss(
+                    name, self.model, left_cf.to(device), dataset.item_cf[right].to(device), kind, texts.group[right],
+                    own_rows(len(left)))
+        return {k: v for k, v in losses.items() if k in self.losses}, accuracy
 
 
 @torch.no_grad()
@@ -254,7 +371,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(items)
         queries.append(model.query_features(model.encode(cf)))
-        words.append(model.text_features(model(None, ids, mask, "separate")[1]))
+        words.append(model.text_features(ids, mask))
     words, hits = torch.cat(words), {1: 0, 5: 0}
     group = texts.group[torch.tensor(items)].to(device)
     for start, q in zip(range(0, len(items), chunk), queries):
@@ -315,9 +432,20 @@ def parse_args(argv=None):
     return args
 
 
+def draw_batch(train_items, pairs, args, world, rng):
+    """What Objective.forward takes. A batch never holds an item (of texts) or a user (of UI) twice; every process draws the same."""
+    batch, whole = {}, lambda count: min(args.batch_size, count) // world * world
+    if train_items is not None:
+        batch["text"] = torch.tensor(np.sort(rng.choice(train_items, size=whole(len(train_items)), replace=False)))
+    for name, draw, count in (("ii", pairs.ii, args.batch_size), ("ui", pairs.ui, whole(len(pairs.users)))):
+        if name in args.losses:
+            batch[name] = draw(count, rng)
+    return batch
+
+
 def main():
-    args = parse_args()
-    device, began = pick_device(args.device), time.time()
+    args, began = parse_args(), time.time()
+    device, rank, world = start_processes(args)
     dataset = load_dataset(args.data)
     tokenizer_name = args.tokenizer or args.init_bert or "assets/toy_llm"
     tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, "--tokenizer")
@@ -339,48 +467,46 @@ def main():
     run = RunDirectory(args, {"kind": "stage1", "data": args.data, "losses": args.losses, "qformer": asdict(config), "seed": args.seed,
                               "tokenizer": tokenizer_name, "init_bert": args.init_bert, "text_fraction": args.text_fraction,
                               "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr})
-    tokenizer.save_pretrained(run.path / "tokenizer")
+    if rank == 0:
+        tokenizer.save_pretrained(run.path / "tokenizer")
     parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
-    print(f"stage 1 on {args.data}: {len(train_items)} items with training texts, {len(valid_items)} to validate, losses "
-          f"{' '.join(args.losses)}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {precision(device)}")
+    objective = distribute(Objective(model, dataset, texts, args.losses), world, find_unused_parameters=not {*LOSSES[:3]} <= {*args.losses})
+    say(f"stage 1 on {args.data}: {len(train_items)} items with training texts, {len(valid_items)} to validate, losses "
+        f"{' '.join(args.losses)}, {sum(p.numel() for p in model.parameters()):,} parameters, {world} x {device}, {precision(device)}")
     eval_every = args.eval_every or max(1, args.steps // 10)
 
     for step in progress(run.start, args.steps, "stage 1"):
         # -- learning rate
         rate = set_learning_rate(optimizer, step, args.steps, args.lr)
         # -- evaluate and save
-        if step % eval_every == 0 or step == args.steps:
+        if (step % eval_every == 0 or step == args.steps) and rank == 0:
             held_out = evaluate_texts(model, dataset, texts, valid_items, device) if with_text else {}
             total = sum(held_out[k] for k in ("itc", "itm", "itg") if k in args.losses) if with_text else -float(step)
             run.save(step, parameters, optimizer, scaler, total)
             run.log(step=step, **{f"valid_{k}": v for k, v in held_out.items()}, seconds=time.time() - began)
-            tqdm.write(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))
-            if step == args.steps:
-                break
+            say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))
+        if step == args.steps:
+            break
         # -- losses
         rng = np.random.default_rng([args.seed, step])
-        torch.manual_seed(int(rng.integers(2**62)))  # dropout and hard negatives too are functions of (seed, step)
-        losses = {}
+        seed = int(rng.integers(2**62))  # dropout and hard negatives too are functions of (seed, step)
+        torch.manual_seed(seed + rank)
+        batch = draw_batch(train_items if with_text else None, pairs, args, world, rng)
         with autocast(device):
-            if with_text:
-                batch = torch.tensor(np.sort(rng.choice(train_items, size=min(args.batch_size, len(train_items)), replace=False)))
-                ids, mask, same = (t.to(device) for t in texts.batch(batch))
-                found, _ = item_text_losses(model, dataset.item_cf[batch].to(device), ids, mask, same, texts.dec)
-                losses |= {k: v for k, v in found.items() if k in args.losses}
-            found, accuracy = pair_losses(model, dataset, texts, pairs, args.batch_size, args.losses, rng, device)
-            losses |= found
+            losses, accuracy = objective(batch, torch.Generator(device).manual_seed(seed))
         # -- step
         scaler.scale(sum(losses.values())).backward()
         norm = clip_and_step(optimizer, scaler)
         # -- log
         if step % 20 == 0:
-            losses = {k: v.item() for k, v in losses.items()}
+            losses = dict(zip(losses, sum_over_processes(*(v.item() / world for v in losses.values()))))
             check_finite(losses, step)
-            run.log(step=step, **losses, **accuracy, grad_norm=norm, temperature=model.temperature.item(), lr=rate)
-    print(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
+            run.log(step=step, **losses, **{k: v.item() for k, v in accuracy.items()}, grad_norm=norm,
+                    temperature=model.temperature.item(), lr=rate)
+    say(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_training(main)

@@ -15,17 +15,18 @@ The skeleton is train_stage1.py's; a diff of the two loops shows what is differe
 """
 import argparse
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data import RANKING_TASKS, InputError, load_dataset, load_prompts, run_script
-from ilm import autocast, build_ilm, collate, pack, pick_device, precision
+from data import RANKING_TASKS, InputError, load_dataset, load_prompts
+from ilm import autocast, build_ilm, collate, pack, precision
 from qformer import QFormerConfig
-from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, clip_and_step, load_stage1, make_optimizer,
-                          print_parameters, progress, set_learning_rate)
+from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute, load_stage1,
+                          make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
+                          start_processes, sum_over_processes)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 HISTORY = 20  # OpenP5: histories are cut to the last 20 items
@@ -67,14 +68,17 @@ class Examples:
         return pack([(prompt, self.model.name_ids[i]) for i in rng.permutation(s)[:HISTORY]])
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many."""
+        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. Every process
+        draws the same users and templates, and makes its own rows of them."""
+        size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
+        seeds, rows = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":
             pool = self.tasks["train"]
-            return collate([pack([self.text(pool[i])]) for i in rng.integers(len(pool), size=4 * size)])
-        users = rng.choice(self.users, size=size * (2 if kind == "straightforward" else 1))
+            return collate([pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
-        templates = self.templates[kind, "seen"]
-        return collate([row(u, templates[rng.integers(len(templates))], rng) for u in users])
+        users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
+        return collate([row(u, templates[seed % len(templates)], np.random.default_rng(seed))
+                        for u, seed in zip(users[rows], seeds[rows])])
 
     def held_out(self, split, limit, size):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users. A ranking
@@ -106,10 +110,10 @@ def held_out_losses(model, held_out, device):
     uniform guess has ln I. p(history) is divided out because a training user's CF vector contains their training targets: a trained model
     is right to expect them, evaluation takes them out, and the plain loss would call every good model overfitted."""
     model.eval()
-    losses = {}
+    losses, rank, world = {}, *process()
     for kind, batches in held_out.items():
-        values = []
-        for batch in batches:
+        values = [torch.zeros(0, dtype=torch.double, device=device)]
+        for batch in batches[rank::world]:  # every user is validated once, by one process
             batch = to(batch, device)
             with autocast(device):
                 nll = model(batch)[1].double()
@@ -121,7 +125,9 @@ def held_out_losses(model, held_out, device):
             log_p.index_put_((row, batch["branch"][row, column]), -nll, accumulate=True)    # (B, branches): log p of each name
             taken = (log_p.exp() * (log_p < 0)).sum(1) - log_p[:, 1].exp()
             values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
-        losses[kind] = torch.cat(values).mean().item()
+        values = torch.cat(values)
+        total, count = sum_over_processes(values.sum().item(), len(values))
+        losses[kind] = total / count
     model.train()
     return losses
 
@@ -170,8 +176,8 @@ def make_config(args, dataset):
 
 
 def main():
-    args = parse_args()
-    device, began = pick_device(args.device), time.time()
+    args, began = parse_args(), time.time()
+    device, rank, world = start_processes(args)
     dataset = load_dataset(args.data)
     config, qformer = make_config(args, dataset)
     torch.manual_seed(args.seed)
@@ -180,7 +186,7 @@ def main():
         model.encoder.load_state_dict(qformer.state_dict())
         model.match_embedding_scale()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    print(f"stage 2, {args.method} on {args.data} with {args.llm}, {device}, {precision(device)}")
+    say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
     print_parameters(model)
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
@@ -188,13 +194,14 @@ def main():
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
     shares[2] *= bool(examples.tasks["train"])
     if not trainable:
-        print("nothing to train (names only, frozen LLM): the run is the LLM as it is")
+        say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
         args.steps = 0
     parameters, optimizer = model.saved_parameters(), make_optimizer(model, args.lr) if trainable else torch.optim.AdamW([torch.zeros(1)])
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
     eval_every = args.eval_every or max(1, args.steps // 6)
     model.train()
+    parallel = distribute(model, world)
     seen_targets = run.state["targets"] if run.state else 0
 
     for step in progress(run.start, args.steps, "stage 2"):
@@ -205,31 +212,31 @@ def main():
             valid = held_out_losses(model, held_out, device)
             run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets)
             run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
-            tqdm.write(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
+            say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
             if step == args.steps:
                 break
         # -- losses: the sum over all target tokens of the step's micro-batches, over their number
         rng = np.random.default_rng([args.seed, step])
-        torch.manual_seed(int(rng.integers(2**62)))
+        torch.manual_seed(int(rng.integers(2**62)) + rank)
         drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
         batches = [examples.batch(kind, args.batch_size, rng) for kind in drawn]
-        targets = sum(int((batch["label"] >= 0).sum()) for batch in batches)
+        targets, = sum_over_processes(sum(int((batch["label"] >= 0).sum()) for batch in batches))
         losses = {}
-        for kind, batch in zip(drawn, batches):
-            with autocast(device):
-                total, nll = model(to(batch, device))
-            scaler.scale(total / targets).backward()
+        for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
+            with autocast(device), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
+                total, nll = parallel(to(batch, device))
+                scaler.scale(total * world / targets).backward()
             losses[str(kind)] = nll.detach().mean()
-        seen_targets += targets
+        seen_targets += int(targets)
         # -- step
         norm = clip_and_step(optimizer, scaler)
-        # -- log
+        # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             check_finite(losses, step)
             run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate)
-    print(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
+    say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_training(main)

@@ -101,14 +101,13 @@ def test_users_with_fewer_than_three_interactions_train_cf_alone(tmp_path):
 
 def test_als_solves_the_normal_equations():
     torch.manual_seed(0)
-    fixed, indptr = torch.randn(7, 3), torch.tensor([0, 2, 2, 6, 7])
-    indices = torch.tensor([1, 4, 0, 2, 3, 6, 5])
+    fixed, rows, columns = torch.randn(7, 3), torch.tensor([3, 0, 2, 2, 0, 2, 2]), torch.tensor([5, 1, 0, 2, 4, 3, 6])
     for budget in (1, 1 << 18):  # one row at a time, or all padded together
-        x = data.als_solve(fixed, indptr, indices, alpha=2.0, reg=0.5, budget=budget)
+        x = data.als_solve(fixed, data.length_batches(rows, columns, 4, 7, budget), 4, alpha=2.0, reg=0.5)
         for row in range(4):
             confidence, wanted = torch.ones(7), torch.zeros(7)
-            confidence[indices[indptr[row]:indptr[row + 1]]] = 3.0
-            wanted[indices[indptr[row]:indptr[row + 1]]] = 1.0
+            confidence[columns[rows == row]] = 3.0
+            wanted[columns[rows == row]] = 1.0
             A = fixed.T @ (confidence[:, None] * fixed) + 0.5 * torch.eye(3)
             torch.testing.assert_close(x[row], torch.linalg.solve(A, fixed.T @ (confidence * wanted)), atol=1e-5, rtol=1e-5)
 

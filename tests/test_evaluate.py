@@ -26,9 +26,15 @@ def test_metrics_by_hand():
     assert m["se"]["HR@5"] == pytest.approx(math.sqrt(4 / 3 * 0.25) / 2)
 
 
-def test_history_goes_but_a_repeated_target_stays():
-    scores = evaluate.remove_history(torch.zeros(2, 4), [np.array([0, 2]), np.array([1, 3])], [2, 0])
-    assert scores.tolist() == [[-math.inf, 0, 0, 0], [0, -math.inf, 0, -math.inf]]
+def test_history_goes_but_a_repeated_target_stays(toy):
+    dataset = data.load_dataset(toy)
+    dataset.sequence[dataset.indptr[1] - 5] = dataset.target(0, "test")
+    targets, taken = evaluate.targets_and_taken(dataset, [0, 1], "test", keep_history=False)
+    for row, u in enumerate((0, 1)):
+        history = set(dataset.items_of(u, "test").tolist())
+        assert targets[row] == dataset.target(u, "test")
+        assert set(taken[row].nonzero()[:, 0].tolist()) == history - {int(targets[row])}
+    assert not evaluate.targets_and_taken(dataset, [0, 1], "test", keep_history=True)[1].any()
 
 
 def test_the_oracle_is_bayes_rule_by_enumeration():

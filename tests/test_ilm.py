@@ -196,6 +196,16 @@ def test_beam_search_finds_the_exact_top(tangled, make_ilm):
         torch.testing.assert_close(narrow[found], exact[found], atol=1e-4, rtol=1e-4)
 
 
+def test_taken_items_are_not_found_and_cost_no_beam(tangled):
+    prompts, trie = prompts_of(tangled), tangled.trie()
+    exact = tangled.rank(prompts, trie)
+    taken = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, exact.topk(30)[1], True)
+    beam = tangled.rank(prompts, trie, 10, taken)
+    assert not (beam[taken] > -torch.inf).any() and ((beam > -torch.inf).sum(1) == 10).all()
+    best = exact.masked_fill(taken, -torch.inf).topk(10)
+    torch.testing.assert_close(tangled.rank(prompts, trie, 0, taken).topk(10)[0], best[0], atol=1e-4, rtol=1e-4)
+
+
 def test_batch_and_padding_do_not_change_scores(make_ilm):
     model = make_ilm()
     prompts, trie = prompts_of(model), model.trie()

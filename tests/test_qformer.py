@@ -31,9 +31,10 @@ def batch():
 
 def hf_twin(model):
     """transformers' Q-Former with our weights; returns it and the pairs (our parameter, its parameter)."""
+    c = model.config
     twin = Blip2QFormerModel(Blip2QFormerConfig(
-        hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * D, cross_attention_frequency=2,
-        encoder_hidden_size=D, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_qformer_text_input=True,
+        hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=4 * c.width,
+        cross_attention_frequency=2, encoder_hidden_size=c.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_qformer_text_input=True,
         attn_implementation="sdpa")).eval()
     attention = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "output.dense",
                  "norm": "output.LayerNorm"}
@@ -69,6 +70,15 @@ def test_parity_with_transformers(model, batch, pattern):
     (theirs * noise).sum().backward()
     for ours, its in pairs:
         torch.testing.assert_close(ours.grad, its.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_computing_less_gives_the_same(model, batch):
+    cf, ids, mask = batch
+    item, text = torch.tensor([0, 1, 4, 4, 2, 0, 3]), torch.tensor([0, 1, 2, 3, 4, 4, 0])
+    slow = model.itm_head(model(cf[item], ids[text], mask[text], "joint")[0]).mean(1)
+    torch.testing.assert_close(model.match_logits(cf[item], ids, mask, pair=text), slow, atol=1e-5, rtol=1e-5)
+    alone = model(None, ids, mask, "separate")[1]
+    torch.testing.assert_close(model(None, ids, mask, "separate", keep=1)[1], alone[:, :1], atol=1e-5, rtol=1e-5)
 
 
 # -- the three patterns, by perturbation with random noise (a constant shift would be erased by LayerNorm)
@@ -169,7 +179,7 @@ def test_itm_and_itg_by_hand():
     logits[0, 0, 3], logits[0, 1, 4] = 2.0, 3.0
     mask = torch.tensor([[True, True, True, False]])
     expected = -(2 - math.log(V - 1 + math.exp(2)) + 3 - math.log(V - 1 + math.exp(3))) / 2
-    assert qformer.itg_loss(logits, ids, mask, 0.0).item() == pytest.approx(expected, abs=1e-5)
+    assert qformer.itg_loss(*qformer.next_tokens(logits, ids, mask), 0.0).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_losses_start_where_theory_says(batch):
@@ -178,10 +188,10 @@ def test_losses_start_where_theory_says(batch):
     n = 64
     cf, ids, mask = torch.randn(n, E), torch.randint(1000, (n, T)), torch.ones(n, T, dtype=torch.bool)
     queries, written = model(cf, ids, mask, "causal")
-    text = model(None, ids, mask, "separate")[1]
-    similarity = qformer.item_text_similarity(model.query_features(queries), model.text_features(text))
+    similarity = qformer.item_text_similarity(model.query_features(queries), model.text_features(ids, mask))
     assert qformer.itc_loss(similarity, model.scale(), no_duplicates(n)).item() == pytest.approx(math.log(n), rel=0.15)
-    assert qformer.itg_loss(model.lm_logits(written), ids, mask).item() == pytest.approx(math.log(1000), rel=0.1)
+    states, targets = qformer.next_tokens(written, ids, mask)
+    assert qformer.itg_loss(model.lm_logits(states), targets).item() == pytest.approx(math.log(1000), rel=0.1)
     assert qformer.itm_loss(model.match_logits(cf, ids, mask), torch.arange(n) % 3 // 2).item() == pytest.approx(0.69, abs=0.15)
 
 

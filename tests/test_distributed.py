@@ -1,0 +1,124 @@
+"""More than one process gives what one process gives: losses, gradients, weights, validation, files."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import data
+import train_stage1
+import train_stage2
+from ilm import build_ilm
+from qformer import QFormer, QFormerConfig
+
+
+def step_of_stage1(toy, world):
+    """One SGD step on the joint batch -> losses, gradients, weights."""
+    dataset = data.load_dataset(toy)
+    texts = train_stage1.Texts(dataset, AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm"), 48)
+    torch.manual_seed(0)
+    model = QFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=3, width=32, dropout=0.0))
+    args = train_stage1.parse_args(["--batch-size", "12"])
+    batch = train_stage1.draw_batch(np.array(dataset.items_in("train")), train_stage1.Pairs(dataset), args, 2, np.random.default_rng(0))
+    objective = train_stage1.distribute(train_stage1.Objective(model, dataset, texts, args.losses), world)
+    losses, accuracy = objective(batch, torch.Generator().manual_seed(0))
+    values = train_stage1.sum_over_processes(*(v.item() / world for v in losses.values()))
+    sum(losses.values()).backward()
+    return finish(model, torch.tensor(values + [v.item() for v in accuracy.values()]))
+
+
+def step_of_stage2(toy, world):
+    """The same of three micro-batches of unequal kinds, and the validation losses."""
+    dataset = data.load_dataset(toy)
+    args = train_stage2.parse_args(["--method", "ilm-rand", "--data", str(toy), "--num-queries", "3", "--width", "32"])
+    torch.manual_seed(0)
+    model = build_ilm(train_stage2.make_config(args, dataset)[0], dataset, torch.device("cpu"))
+    examples, parallel = train_stage2.Examples(model, dataset), train_stage2.distribute(model, world)
+    rng = np.random.default_rng(0)
+    batches = [examples.batch(kind, 2, rng) for kind in ("sequential", "straightforward", "text")]
+    count, = train_stage1.sum_over_processes(sum(int((b["label"] >= 0).sum()) for b in batches))
+    loss = 0
+    for k, batch in enumerate(batches):
+        with train_stage2.nullcontext() if world == 1 or k == 2 else parallel.no_sync():
+            total, _ = parallel(batch)
+            (total * world / count).backward()
+        loss += total.item()
+    loss, = train_stage1.sum_over_processes(loss / count)
+    valid = train_stage2.held_out_losses(model, examples.held_out("valid", 7, 2), torch.device("cpu"))
+    return finish(model, torch.tensor([loss, *valid.values()]))
+
+
+def finish(model, losses):
+    trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in trained.items()}
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    return losses, gradients, {n: p.detach().clone() for n, p in trained.items()}
+
+
+def worker(rank, step, toy, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(step(toy, 2), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("step", [step_of_stage1, step_of_stage2])
+def test_two_processes_make_the_step_of_one(toy, tmp_path, step):
+    losses, gradients, weights = step(toy, 1)
+    assert not dist.is_initialized()
+    torch.multiprocessing.spawn(worker, (step, toy, tmp_path), nprocs=2)
+    for rank in (0, 1):
+        theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(theirs[0], losses, atol=1e-5, rtol=1e-5)
+        assert theirs[1].keys() == gradients.keys() and len(gradients) > 10
+        for name in gradients:
+            torch.testing.assert_close(theirs[1][name], gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(theirs[2][name], weights[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def torchrun(script, *argv, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / script)]
+    return subprocess.Popen([*command, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_both_stages_under_torchrun_write_one_run(toy, tmp_path):
+    small = ["--data", toy, "--batch-size", 4, "--steps", 3]
+    done = torchrun("train_stage1.py", *small, "--width", 32, "--num-queries", 2, "--out", tmp_path / "stage1")
+    out, err = done.communicate()
+    assert done.returncode == 0 and out.count("wrote") == 1, out + err
+    done = torchrun("train_stage2.py", *small, "--stage1", tmp_path / "stage1", "--out", tmp_path / "ilm")
+    out, err = done.communicate()
+    assert done.returncode == 0 and out.count("wrote") == 1, out + err
+    for run in ("stage1", "ilm"):
+        steps = [json.loads(line)["step"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps) and load_file(tmp_path / run / "model.safetensors")
+    done = torchrun("train_stage1.py", "--data", toy, "--batch-size", 5, "--out", tmp_path / "odd")
+    _, err = done.communicate()
+    assert done.returncode != 0 and "--batch-size 5: not a multiple of the 2 processes" in err
+
+
+def test_a_process_that_dies_ends_the_run(toy, tmp_path):
+    run = torchrun("train_stage1.py", "--data", toy, "--batch-size", 8, "--steps", 5000, "--eval-every", 20, "--out", tmp_path / "run")
+    log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
+    while (not log.exists() or log.read_text().count("\n") < 3) and time.time() < deadline:
+        time.sleep(0.2)
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    children = [int(m[1]) for m in re.finditer(rf"^ *(\d+) +{run.pid} .*train_stage1", listed, re.M)]
+    assert len(children) == 2, listed
+    os.kill(children[1], signal.SIGKILL)
+    began = time.time()
+    _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and time.time() - began < 60
+    assert "lost another process of this run; the last checkpoint is kept, go on with --resume" in err or "SIGKILL" in err, err
+    assert (tmp_path / "run" / "state.pt").exists()
