@@ -4,7 +4,7 @@
     python data.py --dataset movielens --source ml-100k --out data/ml-100k                                    about 3 s
 
 A recommender knows items through *interactions* (who chose what, in which order), a language model through *text*. This file
-prepares both, and the collaborative-filtering (CF) vectors that the item-language model will translate into text space:
+prepares both, and the collaborative-filtering (CF) vectors that the item-language model will translate into text space.
 
     items.jsonl     line i is item i: {"id", "title", "text", "attributes"}          what a text can tell
     users.txt       line u is the original id of user u
@@ -220,9 +220,8 @@ def unique_titles(items):
 def k_core(users, items, min_count):
     """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
     frequent = lambda codes, keep: np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
-    keep, before = np.ones(len(users), dtype=bool), -1
-    while keep.sum() != before:
-        before = keep.sum()
+    keep, before = np.ones(len(users), dtype=bool), None
+    while before != (before := keep.sum()):
         keep &= frequent(users, keep) & frequent(items, keep)
     return keep
 
@@ -230,10 +229,8 @@ def k_core(users, items, min_count):
 # ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
 
 def length_batches(rows, columns, num_rows, pad, budget=1 << 15):
-    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length together, filled up with `pad`.
-
-    At most `budget` entries each (a single longer row apart): small enough for the processor's cache, so that als_solve runs from there.
-    """
+    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length, filled up with `pad`, at most
+    `budget` entries together (a single longer row apart), so that als_solve works in the processor's cache."""
     lengths = torch.bincount(rows, minlength=num_rows)
     begin, order = lengths.cumsum(0) - lengths, torch.argsort(lengths)
     columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()
@@ -278,20 +275,18 @@ def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterat
 # ---- The toy world: a catalogue in which the truth is known ----------------------------------------------------------
 
 TOY_ATTRIBUTES = {
-    "genre": "comedy thriller romance western mystery fantasy".split(),
-    "mood": "tense gentle gloomy playful".split(),
-    "era": "fifties seventies nineties future".split(),
-    "setting": "harbor desert village mountain island".split(),
+    "genre": "comedy thriller romance western mystery fantasy".split(), "mood": "tense gentle gloomy playful".split(),
+    "era": "fifties seventies nineties future".split(), "setting": "harbor desert village mountain island".split(),
     "director": ["Ada Stone", "Ben Okoro", "Carla Ruiz", "Dov Levin", "Elsa Lind", "Farid Khan", "Greta Wolf", "Hugo Sato"],
 }
 # One word of its own for every title: a frozen LLM can only rank names that its head can tell apart (see README, read-out ceiling).
 TOY_FIRST_WORDS = """Amber Azure Bitter Blazing Borrowed Brass Broken Burning Candle Captive Cedar Cobalt Copper Coral Crimson Crooked
-Crystal Dancing Distant Double Drifting Dusty Echo Electric Ember Emerald Empty Endless Fading Falcon Feather Fearless Final First
-Flying Foggy Forgotten Frozen Gilded Glass Golden Granite Green Hidden Hollow Honest Humble Hungry Icy Indigo Iron Ivory Jade
-Jagged Kindred Lantern Last Lavender Lead Leaping Lonely Lost Lucky Lunar Marble Midnight Mirror Misty Mossy Narrow Nimble Noble
-Northern Oaken Obsidian Olive Opal Open Orange Painted Paper Patient Pearl Phantom Plain Polar Proud Purple Quiet Rapid Raven Restless
-Roaming Rolling Royal Ruby Rusty Sacred Sapphire Scarlet Secret Seventh Shallow Shining Silent Silver Sleeping Solar Southern Spiral
-Stolen Stormy Sudden Tangled Tender Thirsty Twisted Velvet Violet Wandering Wicked Winter""".split()
+Crystal Dancing Distant Double Drifting Dusty Echo Electric Ember Emerald Empty Endless Fading Falcon Feather Fearless Final First Flying
+Foggy Forgotten Frozen Gilded Glass Golden Granite Green Hidden Hollow Honest Humble Hungry Icy Indigo Iron Ivory Jade Jagged Kindred
+Lantern Last Lavender Lead Leaping Lonely Lost Lucky Lunar Marble Midnight Mirror Misty Mossy Narrow Nimble Noble Northern Oaken Obsidian
+Olive Opal Open Orange Painted Paper Patient Pearl Phantom Plain Polar Proud Purple Quiet Rapid Raven Restless Roaming Rolling Royal Ruby
+Rusty Sacred Sapphire Scarlet Secret Seventh Shallow Shining Silent Silver Sleeping Solar Southern Spiral Stolen Stormy Sudden Tangled
+Tender Thirsty Twisted Velvet Violet Wandering Wicked Winter""".split()
 TOY_SECOND_WORDS = ("Bridge Crown Letter River Garden Window Promise Road Orchard Signal Mask Clock Voyage Shadow Song Tower Circle "
                     "Harvest Stranger Key").split()
 TOY_WEIGHTS = {"genre": 3.6, "mood": 2.2, "era": 1.8, "setting": 1.8, "director": 2.6, "hidden": 3.6}  # in nats of preference
@@ -357,16 +352,12 @@ def item_split(name, item_id):
 
 
 def text_tasks(items, splits, templates, seed):
-    """Fill each text template for every item that has what its target names; {item} twice means a pair of one split.
-
-    {text} and attribute names stand for the item's own; {common} for the attributes that both items share. A prompt never
-    holds a title: what the answer needs has to come through the item's CF vector.
-    """
+    """Fill each text template for every item that has what its target names; {item} twice means a pair of one split. {text} and
+    attribute names stand for the item's own, {common} for the attributes that both items share. A prompt never holds a title: what
+    the answer needs has to come through the item's CF vector."""
     rng, tasks = np.random.default_rng([seed, 24]), []
     pools = {s: [i for i, split in enumerate(splits) if split == s and items[i]["text"]] for s in ("train", "valid", "test")}
-    for task, _, prompt, target in templates:
-        if task in RANKING_TASKS:
-            continue
+    for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
         for i in (i for pool in pools.values() for i in pool):
             chosen, facts = [i], {"text": items[i]["text"], **items[i]["attributes"]}
             if prompt.count("{item}") == 2:
@@ -450,8 +441,7 @@ def prepare(args):
         meta["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     write_atomically(args.out, write)
-    print(f"wrote {args.out}: CF vectors {tuple(vectors[0].shape)} and {tuple(vectors[1].shape)}, {len(tasks):,} text-task instances, "
-          f"{meta['short_users']} users with fewer than 3 interactions (CF alone)")
+    print(f"wrote {args.out}: {len(tasks):,} text-task instances; {meta['short_users']} users have fewer than 3 interactions (CF alone)")
 
 
 def load_cf(path, num_users, num_items):

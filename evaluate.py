@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from data import RANKING_TASKS, InputError, load_dataset, run_script, toy_world
-from ilm import autocast, collate, load_ilm, pack, pick_device
-from train_stage1 import evaluate_texts, load_stage1, write_file
-from train_stage2 import Examples, held_out_losses
+from ilm import autocast, load_ilm, pick_device
+from train_stage1 import evaluate_texts, write_file
+from train_stage2 import Examples, collate, held_out_losses, load_stage1, pack
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 

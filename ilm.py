@@ -15,9 +15,11 @@ import argparse
 import json
 import re
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
@@ -130,42 +132,7 @@ def additive(may_attend, dtype):
     return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, torch.finfo(dtype).min)
 
 
-# ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
-
-def pack(examples):
-    """Examples (prompt ids, target ids) that share beginnings -> one row: a trunk, and a branch for each example.
-
-        trunk     u A B C D          the longest prompt; a branch leaves it where its own prompt differs
-        branch 1    A | . Next: B    sees u A and itself
-        branch 2    A B | . Next: C  sees u A B and itself
-        branch 3    A B C | . Next: D
-
-    Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
-    one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
-    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label.
-    """
-    trunk = max((prompt for prompt, _ in examples), key=len)
-    shared = []
-    for prompt, _ in examples:
-        n = next((k for k, (a, b) in enumerate(zip(prompt, trunk)) if a != b), len(prompt))
-        shared.append(min(n, len(prompt) - 1))
-    n = max(shared)
-    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n}
-    for number, ((prompt, target), n) in enumerate(zip(examples, shared), 1):
-        ids = prompt[n:] + target
-        row["ids"] = row["ids"] + ids[:-1]
-        row["position"] += range(n, n + len(ids) - 1)
-        row["branch"] += [number] * (len(ids) - 1)
-        row["attach"] += [n] * (len(ids) - 1)
-        row["label"] += [-100] * (len(prompt) - n - 1) + target
-    return row
-
-
-def collate(rows):
-    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels."""
-    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100}
-    return {key: torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows]) for key, pad in fill.items()}
-
+# ---- Packed rows: several examples in one sequence (train_stage2.pack) ------------------------------------------------
 
 def packed_attention(batch):
     """Who may see whom in packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands before it in its own branch,
@@ -337,12 +304,10 @@ class ILM(nn.Module):
         """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact.
 
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
-        taken (B, I), True: items that shall not be found (the user's history). All prefixes of a user are read side by side in that
-        user's row, a token a step, and a mask shows each of them the prompt and its own beginning, as in packed_attention. So the
-        prompt's keys and values exist once a user, and nothing in the cache is ever moved.
-        """
+        taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
+        mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
         ids, sees, position = self.left_pad(prompts)
-        (B, L), device, beams = ids.shape, ids.device, beams or trie.num_items
+        B, device, beams = len(ids), ids.device, beams or trie.num_items
         hidden, cache = self.body(self.embed(ids), sees, position, use_cache=True)
         hidden, position, sees = hidden[:, -1], position[:, -1:], sees.bool()                  # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
@@ -389,6 +354,17 @@ class ILM(nn.Module):
                                 eos_token_id=self.tokenizer.eos_token_id,
                                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def export(self, path, chunk=4096):
+        """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
+        than `chunk` of them are in memory at a time."""
+        began, shape = time.time(), (len(self.cf), self.K, self.llm.get_input_embeddings().embedding_dim)
+        with open(path, "wb") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):
+                f.write(self.soft_tokens(rows).float().cpu().numpy().tobytes())
+        return len(self.cf) / (time.time() - began)
 
     def saved_parameters(self):
         """What a run directory holds: encoder and adapter, and the LLM only where it was trained."""
@@ -481,9 +457,14 @@ def main():
     p.add_argument("--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]")
     p.add_argument("--data", help="prepared folder [the run's]")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
+    p.add_argument("--export", metavar="FILE.npy", help="write the soft tokens of all items and users, for use elsewhere")
     p.add_argument("--seed", type=int, default=0, help="unused: answers are greedy [0]")
     args = p.parse_args()
     model = load_ilm(args.run, pick_device(args.device), args.data)
+    if args.export:
+        if model.encoder is None:
+            raise InputError(f"--export: {args.run} is a text-only run, without soft tokens")
+        return print(f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second")
     if args.prompt:
         return print(answer(model, args.prompt))
     print("Mention {item:ID}, {user:ID} or {history:ID,ID}; an empty line or Ctrl-D leaves.")

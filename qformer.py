@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -306,6 +307,65 @@ def ii_loss(similarity, scale, same):
 def ui_loss(similarity, scale, same):
     """User-item contrastive: ii_loss with a user's CF vector on one side (row i is a user, column i an item of theirs)."""
     return ii_loss(similarity, scale, same)
+
+
+# ---- The losses of a batch, of which each process computes its own rows ------------------------------------------------
+
+class Gather(torch.autograd.Function):
+    """The rows of this process -> the rows of all, (B/N, ...) -> (B, ...). Backward: what all of them want changed in ours, summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x, count):
+    """Features of this process's rows -> of all `count` rows of the batch, where torchrun started several processes."""
+    return x if len(x) == count else Gather.apply(x)
+
+
+def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice(None)):
+    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B).
+
+    rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered.
+    """
+    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
+    # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
+    queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
+    features = gather(model.query_features(queries), len(cf)), gather(model.text_features(ids[rows], mask[rows]), len(cf))
+    similarity = item_text_similarity(*features)                                            # (B, B), by every process
+    wrong_text, wrong_item = hard_negatives(similarity * model.scale(), same, generator)
+    own = torch.arange(len(cf), device=cf.device)[rows]
+    item, text = torch.cat([own, own, wrong_item[rows]]), torch.cat([own, wrong_text[rows], own])   # 3B pairs, the first B are real
+    labels = ((item == text) | same[item, text]).long()
+    written, targets = next_tokens(written, ids[rows], mask[rows])                          # no logits for padding
+    share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()                           # 1 for a single process
+    return {"itc": itc_loss(similarity, model.scale(), same),
+            "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
+            "itg": itg_loss(model.lm_logits(written), targets) * share}, similarity
+
+
+def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
+    """ii or ui on B pairs: CF vectors (B, E) of both sides, and what tells their items (or users, or texts) apart, (B,) each.
+
+    -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B).
+    """
+    same = (left[:, None] == left[None]) | (right[:, None] == right[None])                  # false negatives, see ii_loss
+    if name == "ii":
+        same |= left[:, None] == right[None]
+    same = same.fill_diagonal_(False).to(left_cf.device)
+    features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
+    similarity = pair_similarity(*(gather(x, len(same)) for x in features))
+    hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
+    return {"ii": ii_loss, "ui": ui_loss}[name](similarity, model.scale(), same), hit.float().mean()
 
 
 # ---- Starting from BERT ----------------------------------------------------------------------------------------------

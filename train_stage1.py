@@ -30,9 +30,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data import InputError, load_dataset, run_script
-from ilm import autocast, from_pretrained, load_weights, pick_device, precision, read_config
-from qformer import (QFormer, QFormerConfig, hard_negatives, ii_loss, init_from_bert, itc_loss, item_text_similarity, itg_loss,
-                     itm_loss, next_tokens, pair_similarity, ui_loss)
+from ilm import autocast, from_pretrained, pick_device, precision
+from qformer import QFormer, QFormerConfig, init_from_bert, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
 
@@ -189,27 +188,6 @@ def own_rows(count):
     return slice(rank * count // world, (rank + 1) * count // world)
 
 
-class Gather(torch.autograd.Function):
-    """The rows of this process -> the rows of all, (B/N, ...) -> (B, ...). Backward: what all of them want changed in ours, summed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(x, count):
-    """Features of this process's rows -> those of all `count` rows of the batch."""
-    return x if len(x) == count else Gather.apply(x)
-
-
 def sum_over_processes(*values):
     """Numbers -> their sums over all processes."""
     values = torch.tensor(values, dtype=torch.double)
@@ -294,43 +272,7 @@ class Pairs:
         return torch.tensor(self.users[chosen]), torch.tensor(items)
 
 
-# ---- The five losses on one batch ------------------------------------------------------------------------------------
-
-def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice(None)):
-    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B).
-
-    rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered.
-    """
-    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
-    # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
-    queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
-    features = gather(model.query_features(queries), len(cf)), gather(model.text_features(ids[rows], mask[rows]), len(cf))
-    similarity = item_text_similarity(*features)                                            # (B, B), by every process
-    wrong_text, wrong_item = hard_negatives(similarity * model.scale(), same, generator)
-    own = torch.arange(len(cf), device=cf.device)[rows]
-    item, text = torch.cat([own, own, wrong_item[rows]]), torch.cat([own, wrong_text[rows], own])   # 3B pairs, the first B are real
-    labels = ((item == text) | same[item, text]).long()
-    written, targets = next_tokens(written, ids[rows], mask[rows])                          # no logits for padding
-    share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()                           # 1 for a single process
-    return {"itc": itc_loss(similarity, model.scale(), same),
-            "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
-            "itg": itg_loss(model.lm_logits(written), targets) * share}, similarity
-
-
-def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
-    """ii or ui on B pairs: CF vectors (B, E) of both sides, and what tells their items (or users, or texts) apart, (B,) each.
-
-    -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B).
-    """
-    same = (left[:, None] == left[None]) | (right[:, None] == right[None])                  # false negatives, see ii_loss
-    if name == "ii":
-        same |= left[:, None] == right[None]
-    same = same.fill_diagonal_(False).to(left_cf.device)
-    features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
-    similarity = pair_similarity(*(gather(x, len(same)) for x in features))
-    hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
-    return {"ii": ii_loss, "ui": ui_loss}[name](similarity, model.scale(), same), hit.float().mean()
-
+# ---- All losses of a step --------------------------------------------------------------------------------------------
 
 class Objective(nn.Module):
     """All losses of a step in one forward, which is what DistributedDataParallel can follow."""
@@ -387,35 +329,14 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def load_stage1(run, dataset, device):
-    """A trained Q-Former, its texts and its config from a run directory."""
-    config = read_config(run, "stage1")
-    if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
-        raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
-                         f"{dataset.item_cf.shape[1]}; train stage 1 on this data set")
-    model = QFormer(QFormerConfig(**config["qformer"]))
-    load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
-    texts = Texts(dataset, AutoTokenizer.from_pretrained(Path(run) / "tokenizer"), config["qformer"]["max_text"])
-    return model.to(device).eval(), texts, config
-
-
-def bert_heads(folder):
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"--init-bert {folder}: no config.json in it; give the folder of a BERT in Hugging Face format")
-    return json.loads((Path(folder) / "config.json").read_text())["num_attention_heads"]
-
-
-def load_bert(model, folder):
-    files = [Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"]
-    path = next((f for f in files if f.is_file()), None)
-    if path is None:
-        raise InputError(f"--init-bert {folder}: no model.safetensors or pytorch_model.bin in it")
+def read_bert(folder):
+    """The number of heads and the weights of a BERT in Hugging Face format."""
+    folder = Path(folder)
+    path = next((f for f in (folder / "model.safetensors", folder / "pytorch_model.bin") if f.is_file()), None)
+    if path is None or not (folder / "config.json").is_file():
+        raise InputError(f"--init-bert {folder}: no config.json and model.safetensors (or pytorch_model.bin) in it; give a BERT's folder")
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        loaded, missing = init_from_bert(model, state)
-    except ValueError as error:
-        raise InputError(f"--init-bert {folder}: {error}") from None
-    print(f"--init-bert {folder}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
+    return json.loads((folder / "config.json").read_text())["num_attention_heads"], state
 
 
 def parse_args(argv=None):
@@ -449,8 +370,9 @@ def main():
     dataset = load_dataset(args.data)
     tokenizer_name = args.tokenizer or args.init_bert or "assets/toy_llm"
     tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, "--tokenizer")
+    heads, bert = read_bert(args.init_bert) if args.init_bert else (0, None)
     config = QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=len(tokenizer) + 4, num_queries=args.num_queries,
-                           width=args.width, layers=args.layers, heads=bert_heads(args.init_bert) if args.init_bert else 0)
+                           width=args.width, layers=args.layers, heads=heads)
     texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
@@ -461,8 +383,12 @@ def main():
 
     torch.manual_seed(args.seed)
     model = QFormer(config)
-    if args.init_bert:
-        load_bert(model, args.init_bert)
+    if bert:
+        try:
+            loaded, missing = init_from_bert(model, bert)
+        except ValueError as error:
+            raise InputError(f"--init-bert {args.init_bert}: {error}") from None
+        say(f"--init-bert {args.init_bert}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
     model.to(device)
     run = RunDirectory(args, {"kind": "stage1", "data": args.data, "losses": args.losses, "qformer": asdict(config), "seed": args.seed,
                               "tokenizer": tokenizer_name, "init_bert": args.init_bert, "text_fraction": args.text_fraction,

@@ -17,19 +17,58 @@ import argparse
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from data import RANKING_TASKS, InputError, load_dataset, load_prompts
-from ilm import autocast, build_ilm, collate, pack, precision
-from qformer import QFormerConfig
-from train_stage1 import (RunDirectory, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute, load_stage1,
+from ilm import autocast, build_ilm, load_weights, precision, read_config
+from qformer import QFormer, QFormerConfig
+from train_stage1 import (RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
                           make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
                           start_processes, sum_over_processes)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 HISTORY = 20  # OpenP5: histories are cut to the last 20 items
+
+
+# ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
+
+def pack(examples):
+    """Examples (prompt ids, target ids) that share beginnings -> one row: a trunk, and a branch for each example.
+
+        trunk     u A B C D          the longest prompt; a branch leaves it where its own prompt differs
+        branch 1    A | . Next: B    sees u A and itself
+        branch 2    A B | . Next: C  sees u A B and itself
+        branch 3    A B C | . Next: D
+
+    Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
+    one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
+    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label.
+    """
+    trunk = max((prompt for prompt, _ in examples), key=len)
+    shared = []
+    for prompt, _ in examples:
+        n = next((k for k, (a, b) in enumerate(zip(prompt, trunk)) if a != b), len(prompt))
+        shared.append(min(n, len(prompt) - 1))
+    n = max(shared)
+    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n}
+    for number, ((prompt, target), n) in enumerate(zip(examples, shared), 1):
+        ids = prompt[n:] + target
+        row["ids"] = row["ids"] + ids[:-1]
+        row["position"] += range(n, n + len(ids) - 1)
+        row["branch"] += [number] * (len(ids) - 1)
+        row["attach"] += [n] * (len(ids) - 1)
+        row["label"] += [-100] * (len(prompt) - n - 1) + target
+    return row
+
+
+def collate(rows):
+    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels."""
+    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100}
+    return {key: torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows]) for key, pad in fill.items()}
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
@@ -133,6 +172,18 @@ def held_out_losses(model, held_out, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+def load_stage1(run, dataset, device):
+    """A trained Q-Former, its texts and its config from a run directory."""
+    config = read_config(run, "stage1")
+    if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
+        raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
+                         f"{dataset.item_cf.shape[1]}; train stage 1 on this data set")
+    model = QFormer(QFormerConfig(**config["qformer"]))
+    load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
+    texts = Texts(dataset, AutoTokenizer.from_pretrained(Path(run) / "tokenizer"), config["qformer"]["max_text"])
+    return model.to(device).eval(), texts, config
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -26,7 +26,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import data  # noqa: E402
 import ilm  # noqa: E402
 import qformer  # noqa: E402
-import train_stage1  # noqa: E402
 
 SPREAD = "{:8.1f} {:8.1f} {:8.1f}"
 
@@ -99,9 +98,9 @@ def bench_stage1(args):
         apart = torch.zeros(B, B, dtype=torch.bool)
 
         def ours():
-            losses, _ = train_stage1.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
+            losses, _ = qformer.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
             for name, (left, right) in vectors.items():
-                losses[name], _ = train_stage1.pair_loss(name, model, left, right, label, label + B)
+                losses[name], _ = qformer.pair_loss(name, model, left, right, label, label + B)
             return losses
 
         theirs = lambda: blip2_losses(model, twin, cf, ids, mask, same, 1, {k: (*v, apart) for k, v in vectors.items()})

@@ -8,8 +8,8 @@ from conftest import ROOT, real
 
 import data
 import ilm
-from ilm import SOFT_BASE, collate, pack
-from train_stage2 import Examples
+from ilm import SOFT_BASE
+from train_stage2 import Examples, collate, pack
 
 SEQUENTIAL = "History of {user}: {history}. Recommend the next one:"
 

@@ -34,8 +34,8 @@ def hf_twin(model):
     c = model.config
     twin = Blip2QFormerModel(Blip2QFormerConfig(
         hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=4 * c.width,
-        cross_attention_frequency=2, encoder_hidden_size=c.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_qformer_text_input=True,
-        attn_implementation="sdpa")).eval()
+        cross_attention_frequency=2, encoder_hidden_size=c.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        use_qformer_text_input=True, attn_implementation="sdpa")).eval()
     attention = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "output.dense",
                  "norm": "output.LayerNorm"}
     names = {"norm": "layernorm"}

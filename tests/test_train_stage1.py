@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import data
+import qformer
 import train_stage1
 from qformer import QFormer, QFormerConfig
 
@@ -33,7 +34,7 @@ def test_one_batch_is_overfitted(toy, texts):
     (ids, mask, same), history = texts.batch(torch.arange(8)), []
     optimizer = train_stage1.make_optimizer(model, 3e-3, 0.0)
     for step in range(80):
-        losses, _ = train_stage1.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
+        losses, _ = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -81,7 +81,7 @@ def stage1(toy, tmp_path_factory):
 def test_ilm_starts_from_its_stage_1_run_and_refuses_another_shape(toy, stage1, tmp_path):
     done = run(toy, tmp_path / "a", "--stage1", stage1, "--steps", 1, "--lr", 0)
     assert done.returncode == 0, done.stderr
-    model, (qformer, _, _) = load_ilm(tmp_path / "a", torch.device("cpu")), train_stage1.load_stage1(stage1, load_ilm(
+    model, (qformer, _, _) = load_ilm(tmp_path / "a", torch.device("cpu")), train_stage2.load_stage1(stage1, load_ilm(
         tmp_path / "a", torch.device("cpu")).dataset, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), qformer.parameters()))
     done = run(toy, tmp_path / "b", "--stage1", stage1, "--steps", 1, "--num-queries", 7)
