@@ -10,6 +10,7 @@ Times are asserted nowhere: they are the machine's. Equal results are asserted e
 import argparse
 import contextlib
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import data  # noqa: E402
 import ilm  # noqa: E402
 import qformer  # noqa: E402
+import train_stage2  # noqa: E402
 
 SPREAD = "{:8.1f} {:8.1f} {:8.1f}"
 
@@ -199,14 +201,201 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
     alternate("ranking: the size of the catalogue", ways, args.rounds)
 
 
-SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking}
+# ---- Stage 2: packed prefixes against one example a prefix -----------------------------------------------------------
+
+def loss_and_gradient(model, batches):
+    """One optimizer step's worth of forward and backward over batches -> the sum of -log p."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss, _ = model(batch)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def windows(model, users):
+    """(prompt, target) of every position of the last 21 training items of some users: DESIGN's window of 20."""
+    examples = train_stage2.Examples(model, model.dataset)
+    templates, out = examples.templates["sequential", "seen"], []
+    for u in users:
+        w, template = examples.sequences[u][-21:], templates[u % len(templates)]
+        out.append([(examples.ranking("sequential", u, w[:k], template), model.name_ids[w[k]]) for k in range(1, len(w))])
+    return out
+
+
+def bench_stage2(args):
+    toy = AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
+    for name, llm, users in (("toy LLM, width 160, 3 layers", toy, 20), ("Llama, width 512, 8 layers", random_llm(512, 8, 2_000), 10)):
+        model = make_ilm(llm, "ilm-rand").train()
+        users = windows(model, range(users))
+        packed = [train_stage2.collate([train_stage2.pack(u) for u in users])]
+        singles = sorted((train_stage2.pack([e]) for u in users for e in u), key=lambda row: len(row["ids"]))
+        simple = [train_stage2.collate(singles[k:k + 32]) for k in range(0, len(singles), 32)]  # of like lengths: little padding
+        a, b = loss_and_gradient(model, packed), loss_and_gradient(model, simple)
+        assert abs(a - b) < 1e-4 * abs(b), (a, b)
+        times = alternate(f"stage 2: {name}, {len(singles)} targets", {
+            "ours: prefixes packed": lambda: loss_and_gradient(model, packed),
+            "one example a prefix, batches of like lengths": lambda: loss_and_gradient(model, simple)}, args.rounds)
+        print("  names a second: " + ", ".join(f"{len(singles) / t:,.0f}" for t in times.values()) + f"; the same loss, {a:.3f} and {b:.3f}")
+
+
+# ---- CF: ALS against `implicit` --------------------------------------------------------------------------------------
+
+SIZES = {"100k": (943, 1_682, 100_000), "1M": (6_040, 3_706, 1_000_000), "25M": (162_000, 62_000, 25_000_000)}
+
+
+def interactions(num_users, num_items, count):
+    """Generated pairs (users, items), each once; users and items as unequal as in MovieLens."""
+    rng = np.random.default_rng(0)
+    length, popularity = rng.lognormal(0, 1.1, num_users), rng.lognormal(0, 1.8, num_items)
+    length = np.maximum(3, length / length.sum() * count).astype(int)
+    users = np.repeat(np.arange(num_users), length)
+    items = np.searchsorted(np.cumsum(popularity / popularity.sum()), rng.random(len(users))).clip(max=num_items - 1)
+    pairs = np.unique(users * num_items + items)
+    return pairs // num_items, pairs % num_items
+
+
+def als_loss(users, items, X, Y, alpha=2.0, reg=1.0):
+    """What both minimise: squared error over all pairs, 1 + alpha times as much where there is an interaction, + reg |vectors|^2."""
+    X, Y, total = X.double(), Y.double(), 0.0
+    for k in range(0, len(users), 1 << 20):
+        p = (X[users[k:k + (1 << 20)]] * Y[items[k:k + (1 << 20)]]).sum(1)
+        total += ((1 + alpha) * (1 - p) ** 2 - p**2).sum().item()
+    return total + ((X.T @ X) * (Y.T @ Y)).sum().item() + reg * (X.pow(2).sum() + Y.pow(2).sum()).item()
+
+
+def bench_cf(args):
+    import scipy.sparse
+    from implicit.als import AlternatingLeastSquares
+    for name in ("100k", "1M", "25M") if args.large else ("100k", "1M"):
+        U, I, _ = SIZES[name]
+        users, items = interactions(*SIZES[name])
+        matrix = scipy.sparse.csr_matrix((np.ones(len(users), np.float32), (users, items)), (U, I))
+
+        def theirs():
+            model = AlternatingLeastSquares(24, regularization=1.0, alpha=3.0, iterations=15, num_threads=torch.get_num_threads(),
+                                            random_state=0)
+            model.fit(matrix, show_progress=False)
+            return torch.from_numpy(model.user_factors), torch.from_numpy(model.item_factors)
+
+        goal, u, i = als_loss(users, items, *theirs()), torch.from_numpy(users), torch.from_numpy(items)
+        for n in (5, 10, 15, 20, 30, 40):  # as many iterations as it takes to be at least as good
+            loss = als_loss(users, items, *data.train_cf(u, i, U, I, 24, iterations=n))
+            if loss <= goal:
+                break
+        alternate(f"CF: {len(users):,} interactions, {U:,} users, {I:,} items", {
+            f"ours, {n} iterations, loss {loss:,.0f}": lambda: data.train_cf(u, i, U, I, 24, iterations=n),
+            f"implicit, 15 iterations, loss {goal:,.0f}": theirs}, args.rounds if name != "25M" else min(2, args.rounds))
+
+
+def bench_prepare(args):
+    """data.py end to end in a process of its own."""
+    print(f"\n{'preparation, end to end':52}  seconds    GiB")
+    for name in ("100k", "1M", "25M") if args.large else ("100k", "1M"):
+        with tempfile.TemporaryDirectory() as folder:
+            users, items = interactions(*SIZES[name])
+            with open(f"{folder}/ratings.csv", "w") as f:
+                f.write("userId,movieId,rating,timestamp\n")
+                for k in range(0, len(users), 1 << 20):
+                    f.writelines(f"{a},{b},4,{b * 7919 % 1_000_003}\n" for a, b in zip(users[k:k + (1 << 20)].tolist(),
+                                                                                    items[k:k + (1 << 20)].tolist()))
+            with open(f"{folder}/movies.csv", "w") as f:
+                f.write("movieId,title,genres\n")
+                f.writelines(f"{k},Movie {k} ({1950 + k % 70}),{'Drama|Comedy' if k % 2 else 'Action'}\n" for k in range(SIZES[name][1]))
+            command = f"{sys.executable} data.py --dataset movielens --source {folder} --out {folder}/out"
+            code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2);"
+                    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)")
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True,
+                                  cwd=Path(__file__).parent.parent)
+            print(f"  {len(users):>12,} interactions {'':24} {time.perf_counter() - began:11.1f} {float(done.stdout):6.2f}", flush=True)
+
+
+# ---- A large catalogue, and the share of the machine -----------------------------------------------------------------
+
+def bench_catalogue(args):
+    model = make_ilm(random_llm(256, 2, 2_000), "ilm-rand").eval()
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    cf, rates = torch.randn(1_000_000, model.cf.shape[1]), []
+    model.cf = cf[:100_000]
+    model.export("/dev/null")
+    before = peak()
+    for _ in range(args.rounds):
+        model.cf = cf
+        rates.append(model.export("/dev/null"))
+    print(f"\ncatalogue: 1,000,000 items to soft tokens, {min(rates):,.0f} / {np.median(rates):,.0f} / {max(rates):,.0f} a second (min, "
+          f"median, max); peak memory {peak() - before:+.0f} MiB against 100,000 items")
+    assert peak() - before < 64
+
+
+def matmul_peak(n=2048):
+    """Floating-point operations a second of a large matrix multiplication, the best of five."""
+    a = torch.randn(n, n)
+    best = np.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def bench_share(args):
+    """Arithmetic of the stage-2 step over the matrix-multiplication peak, and the formulas of the README's cost tables."""
+    from torch.utils.flop_counter import FlopCounterMode
+    print(f"\n{'stage-2 step: forward and backward':40} tokens  GFLOP  formula  MiB saved  formula      ms  share of matmul peak")
+    toy = AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
+    for name, llm, users in (("toy LLM, width 160, 3 layers", toy, 16), ("Llama, width 256, 4 layers", random_llm(256, 4, 2_000), 8),
+                             ("Llama, width 512, 8 layers", random_llm(512, 8, 2_000), 4),
+                             ("Llama, width 1024, 8 layers", random_llm(1024, 8, 2_000), 2)):
+        model, saved = make_ilm(llm, "ilm-rand").train(), {}
+        batch = train_stage2.collate([train_stage2.pack(u) for u in windows(model, range(users))])
+        keep = lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss_and_gradient(model, [batch])
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        activations = sum(n for pointer, n in saved.items() if pointer not in weights) / 2**20
+        c, (B, L), targets, times, peaks = llm.config, batch["ids"].shape, int((batch["label"] >= 0).sum()), [], []
+        flop = counter.get_total_flops() + attention_flop(c, B, L)  # the counter does not know the CPU's attention kernel
+        for _ in range(args.rounds):
+            peaks.append(matmul_peak())
+            began = time.perf_counter()
+            loss_and_gradient(model, [batch])
+            times.append(time.perf_counter() - began)
+        f, m = costs(c, B, L, targets)
+        share = [flop / t / p for t, p in zip(times, peaks)]
+        print(f"  {name:38} {B * L:6,} {flop / 1e9:6.1f} {f / 1e9:8.1f} {activations:10.0f} {m / 2**20:8.0f} {1000 * np.median(times):7.0f}"
+              f"  {min(share):.2f} / {np.median(share):.2f} / {max(share):.2f}", flush=True)
+        assert 0.85 < flop / f < 1.15 and 0.85 < activations * 2**20 / m < 1.15
+
+
+def attention_flop(config, rows, length):
+    """q.k and p.v forward, their four gradients backward, whole rows: 12 L D a token and layer. Nothing is counted twice."""
+    return 12 * config.num_hidden_layers * length * config.hidden_size * rows * length
+
+
+def costs(config, rows, length, targets):
+    """What a stage-2 step with a frozen Llama costs -> floating-point operations, bytes of saved activations in fp32.
+
+    A frozen weight is used twice, forward and for the gradient of its input: 4 operations a weight and token. What is kept for the
+    backward pass, a token and layer: about 6.5 vectors of width D (norms, queries, keys, values, attention) and 3 of the feed-forward's.
+    """
+    c, D, F, tokens = config, config.hidden_size, config.intermediate_size, rows * length
+    weights = c.num_hidden_layers * (4 * D * D + 3 * D * F)
+    flop = 4 * weights * tokens + attention_flop(c, rows, length) + 4 * D * c.vocab_size * targets
+    saved = 4 * tokens * c.num_hidden_layers * (6.5 * D + 3 * F) + 4 * (rows * length * length + targets * c.vocab_size)
+    return flop, saved
+
+
+SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking, "stage2": bench_stage2, "cf": bench_cf, "prepare": bench_prepare,
+            "catalogue": bench_catalogue, "share": bench_share}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("sections", nargs="*", help=f"of {' '.join(SECTIONS)} [all]")
     p.add_argument("--rounds", type=int, default=5, help="alternations [5]")
-    p.add_argument("--large", action="store_true", help="cf: 25 million interactions as well")
+    p.add_argument("--large", action="store_true", help="cf, prepare: 25 million interactions as well")
     args = p.parse_args()
     torch.set_num_threads(2)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout

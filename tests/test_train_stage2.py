@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from test_ilm import log_p
 
+import train_stage1
 import train_stage2
 from ilm import load_ilm
 from train_stage2 import Examples, held_out_losses
