@@ -107,8 +107,8 @@ class Examples:
         return pack([(prompt, self.model.name_ids[i]) for i in rng.permutation(s)[:HISTORY]])
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. Every process
-        draws the same users and templates, and makes its own rows of them."""
+        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. One template a
+        batch, so that rows have like lengths. Every process draws the same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, rows = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":
@@ -116,8 +116,8 @@ class Examples:
             return collate([pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
-        return collate([row(u, templates[seed % len(templates)], np.random.default_rng(seed))
-                        for u, seed in zip(users[rows], seeds[rows])])
+        template = templates[rng.integers(len(templates))]
+        return collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
 
     def held_out(self, split, limit, size):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users. A ranking
