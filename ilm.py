@@ -262,8 +262,8 @@ class ILM(nn.Module):
         if is_soft.any():
             slots = ids[is_soft] - SOFT_BASE
             entities, inverse = torch.unique(slots // self.K, return_inverse=True)
-            tokens = self.soft_tokens(entities)[inverse, slots % self.K].to(embeddings.dtype)
-            embeddings = embeddings.index_put((is_soft,), tokens)
+            tokens = self.soft_tokens(entities).flatten(0, 1).index_select(0, inverse * self.K + slots % self.K)
+            embeddings = embeddings.index_put((is_soft,), tokens.to(embeddings.dtype))
         return embeddings
 
     def body(self, embeddings, attention_mask, position_ids, cache=None, use_cache=False):

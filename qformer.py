@@ -116,7 +116,7 @@ class Layer(nn.Module):
         x = self.self_attention(x[:, :keep], x, mask if mask is None else mask[..., :keep, :])
         queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
         if pair is not None:
-            queries, text = queries[pair], text[pair]
+            queries, text = queries.index_select(0, pair), text.index_select(0, pair)  # [pair] has a backward that differs from run to run
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
         return torch.cat([self.query_ffn(queries), text], 1)

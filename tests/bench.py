@@ -197,7 +197,9 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
             print(f"  top {beams}: the same for {same} of {users} users, for the others ours scores higher")
     model, ways = make_ilm(random_llm(256, 4, 32_000)), {}
     for count in (1_000, 10_000, 100_000):
-        trie = ilm.Trie(random_names(count, 32_000, rng))
+        names, began = random_names(count, 32_000, rng), time.perf_counter()
+        trie = ilm.Trie(names)
+        print(f"  a trie of {count:,} names is built once, in {time.perf_counter() - began:.2f} s")
         ways[f"{count:,} names"] = lambda trie=trie: model.rank(prompts, trie, beams)
     alternate("ranking: the size of the catalogue", ways, args.rounds)
 
@@ -241,7 +243,8 @@ def bench_stage2(args):
             "ours: prefixes packed": lambda: loss_and_gradient(model, packed),
             "one example a prefix, shuffled (OpenP5)": lambda: loss_and_gradient(model, shuffled),
             "one example a prefix, batches of like lengths": lambda: loss_and_gradient(model, like)}, args.rounds)
-        print("  names a second: " + ", ".join(f"{len(singles) / t:,.0f}" for t in times.values()) + f"; the same loss, {a:.3f} and {b:.3f}")
+        rates = ", ".join(f"{len(singles) / t:,.0f}" for t in times.values())
+        print(f"  names a second: {rates}; the same loss, {a:.3f} and {b:.3f}")
 
 
 # ---- CF: ALS against `implicit` --------------------------------------------------------------------------------------
@@ -294,6 +297,11 @@ def bench_cf(args):
             f"implicit, 15 iterations, loss {goal:,.0f}": theirs}, args.rounds if name != "25M" else min(2, args.rounds))
 
 
+def prepare_memory(interactions, rows, dim=24):
+    """GiB that data.py needs: torch and Python, the sorted log and its indices, texts and vectors of users and items."""
+    return 0.4 + (100 * interactions + (1000 + 12 * dim) * rows) / 2**30
+
+
 def bench_prepare(args):
     """data.py end to end in a process of its own."""
     print(f"\n{'preparation, end to end':52}  seconds    GiB")
@@ -307,14 +315,16 @@ def bench_prepare(args):
                                                                                     items[k:k + (1 << 20)].tolist()))
             with open(f"{folder}/movies.csv", "w") as f:
                 f.write("movieId,title,genres\n")
-                f.writelines(f"{k},Movie {k} ({1950 + k % 70}),{'Drama|Comedy' if k % 2 else 'Action'}\n" for k in range(SIZES[name][1]))
+                f.writelines(f"{k},Movie {k} ({1950 + k % 70}),{'Drama|War' if k % 2 else 'Action'}\n" for k in range(SIZES[name][1]))
             command = f"{sys.executable} data.py --dataset movielens --source {folder} --out {folder}/out"
             code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2);"
                     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)")
             began = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True,
                                   cwd=Path(__file__).parent.parent)
-            print(f"  {len(users):>12,} interactions {'':24} {time.perf_counter() - began:11.1f} {float(done.stdout):6.2f}", flush=True)
+            seconds, size, formula = time.perf_counter() - began, float(done.stdout), prepare_memory(len(users), sum(SIZES[name][:2]))
+            print(f"  {len(users):>12,} interactions {'':24} {seconds:11.1f} {size:6.2f}   formula {formula:.2f}", flush=True)
+            assert 0.7 < size / formula < 1.4
 
 
 # ---- A large catalogue, and the share of the machine -----------------------------------------------------------------
@@ -372,6 +382,13 @@ def bench_share(args):
         print(f"  {name:38} {B * L:6,} {flop / 1e9:6.1f} {f / 1e9:8.1f} {activations:10.0f} {m / 2**20:8.0f} {1000 * np.median(times):7.0f}"
               f"  {min(share):.2f} / {np.median(share):.2f} / {max(share):.2f}", flush=True)
         assert 0.85 < flop / f < 1.15 and 0.85 < activations * 2**20 / m < 1.15
+    print("\na step of 16 packed rows of 430 tokens (320 names of 3 tokens), by the same formulas, weights and activations in bf16:")
+    for D, layers, F, vocab in ((160, 3, 480, 1024), (1024, 24, 2816, 32_000), (2048, 24, 5632, 32_000), (4096, 32, 11_008, 32_000)):
+        config = LlamaConfig(hidden_size=D, num_hidden_layers=layers, intermediate_size=F, vocab_size=vocab)
+        flop, saved = costs(config, 16, 430, 960)
+        weights = layers * (4 * D * D + 3 * D * F) + 2 * D * vocab
+        gib = 2 * weights / 2**30, saved / 2 / 2**30
+        print(f"  {weights / 1e6:7,.0f} M weights: {flop / 1e12:7.2f} TFLOP, GiB: weights {gib[0]:6.2f}, activations {gib[1]:6.2f}")
 
 
 def attention_flop(config, rows, length):

@@ -86,6 +86,13 @@ def test_soft_tokens_start_as_loud_as_words(make_ilm, method):
     assert 0.8 < soft / words < 1.25
 
 
+def test_export_writes_all_soft_tokens_in_chunks(make_ilm, tmp_path):
+    model = make_ilm()
+    assert model.export(tmp_path / "soft.npy", chunk=7) > 0
+    written = torch.from_numpy(np.load(tmp_path / "soft.npy"))
+    torch.testing.assert_close(written, model.soft_tokens(torch.arange(len(model.cf))).detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_each_item_is_encoded_once(make_ilm):
     model, seen = make_ilm(), []
     encode = model.encoder.encode

@@ -81,6 +81,20 @@ def test_computing_less_gives_the_same(model, batch):
     torch.testing.assert_close(model(None, ids, mask, "separate", keep=1)[1], alone[:, :1], atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_has_the_same_bits_every_time():
+    torch.manual_seed(0)
+    n, length = 64, 20
+    model = QFormer(QFormerConfig(cf_dim=E, vocab_size=1000, dropout=0.0))
+    cf, ids, mask = torch.randn(n, E), torch.randint(1000, (n, length)), torch.ones(n, length, dtype=torch.bool)
+    seen = []
+    for _ in range(8):
+        model.zero_grad()
+        losses, _ = qformer.item_text_losses(model, cf, ids, mask, torch.eye(n, dtype=torch.bool), 1, torch.Generator().manual_seed(0))
+        sum(losses.values()).backward()
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
 # -- the three patterns, by perturbation with random noise (a constant shift would be erased by LayerNorm)
 
 
