@@ -280,7 +280,8 @@ class ILM(nn.Module):
         return nn.functional.linear(hidden, out.weight[tokens], None if out.bias is None else out.bias[tokens]).float()
 
     def forward(self, batch):
-        """Packed rows (see collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order."""
+        """Packed rows (train_stage2.collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order."""
+        batch = {key: value.to(self.cf.device) for key, value in batch.items()}
         embeddings = self.embed(batch["ids"])
         hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
         wanted = batch["label"] >= 0

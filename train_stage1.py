@@ -214,6 +214,8 @@ def run_training(main):
     """run_script; where another process of the run has died, one line says so and how to go on."""
     try:
         run_script(main)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise

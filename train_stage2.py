@@ -139,10 +139,6 @@ class Examples:
         return {kind: batches for kind, batches in out.items() if batches}
 
 
-def to(batch, device):
-    return {k: v.to(device) for k, v in batch.items()}
-
-
 @torch.no_grad()
 def held_out_losses(model, held_out, device):
     """{kind: mean loss}. text: -log p per target token. Ranking: -log p(target | not in the history), nats per user; a
@@ -151,16 +147,15 @@ def held_out_losses(model, held_out, device):
     model.eval()
     losses, rank, world = {}, *process()
     for kind, batches in held_out.items():
-        values = [torch.zeros(0, dtype=torch.double, device=device)]
+        values = [torch.zeros(0, dtype=torch.double)]
         for batch in batches[rank::world]:  # every user is validated once, by one process
-            batch = to(batch, device)
             with autocast(device):
-                nll = model(batch)[1].double()
+                nll = model(batch)[1].double().cpu()
             if kind == "text":
                 values.append(nll)
                 continue
             row, column = (batch["label"] >= 0).nonzero(as_tuple=True)
-            log_p = torch.zeros(len(batch["ids"]), int(batch["branch"].max()) + 1, dtype=torch.double, device=device)
+            log_p = torch.zeros(len(batch["ids"]), int(batch["branch"].max()) + 1, dtype=torch.double)
             log_p.index_put_((row, batch["branch"][row, column]), -nll, accumulate=True)    # (B, branches): log p of each name
             taken = (log_p.exp() * (log_p < 0)).sum(1) - log_p[:, 1].exp()
             values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
@@ -275,7 +270,7 @@ def main():
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
             with autocast(device), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
-                total, nll = parallel(to(batch, device))
+                total, nll = parallel(batch)
                 scaler.scale(total * world / targets).backward()
             losses[str(kind)] = nll.detach().mean()
         seen_targets += int(targets)
