@@ -299,7 +299,7 @@ def bench_cf(args):
 
 def prepare_memory(interactions, rows, dim=24):
     """GiB that data.py needs: torch and Python, the sorted log and its indices, texts and vectors of users and items."""
-    return 0.4 + (100 * interactions + (1000 + 12 * dim) * rows) / 2**30
+    return 0.24 + (100 * interactions + (1000 + 12 * dim) * rows) / 2**30
 
 
 def bench_prepare(args):
