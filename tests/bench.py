@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -341,7 +342,7 @@ def bench_catalogue(args):
         rates.append(model.export("/dev/null"))
     print(f"\ncatalogue: 1,000,000 items to soft tokens, {min(rates):,.0f} / {np.median(rates):,.0f} / {max(rates):,.0f} a second (min, "
           f"median, max); peak memory {peak() - before:+.0f} MiB against 100,000 items")
-    assert peak() - before < 64
+    assert peak() - before < 128  # the soft tokens themselves are 4,000 MiB
 
 
 def matmul_peak(n=2048):
@@ -384,7 +385,7 @@ def bench_share(args):
         assert 0.85 < flop / f < 1.15 and 0.85 < activations * 2**20 / m < 1.15
     print("\na step of 16 packed rows of 430 tokens (320 names of 3 tokens), by the same formulas, weights and activations in bf16:")
     for D, layers, F, vocab in ((160, 3, 480, 1024), (1024, 24, 2816, 32_000), (2048, 24, 5632, 32_000), (4096, 32, 11_008, 32_000)):
-        config = LlamaConfig(hidden_size=D, num_hidden_layers=layers, intermediate_size=F, vocab_size=vocab)
+        config = SimpleNamespace(hidden_size=D, num_hidden_layers=layers, intermediate_size=F, vocab_size=vocab)
         flop, saved = costs(config, 16, 430, 960)
         weights = layers * (4 * D * D + 3 * D * F) + 2 * D * vocab
         gib = 2 * weights / 2**30, saved / 2 / 2**30
