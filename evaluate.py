@@ -35,7 +35,7 @@ KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 def target_ranks(scores, targets):
     """1 + the number of other items that score at least as much: ties, and targets at -inf, count against. (B, I), (B,) -> (B,)."""
     own = scores.gather(1, targets[:, None])
-    return (scores >= own).sum(1)
+    return (~(scores < own)).sum(1)  # a score that is not a number counts against as well
 
 
 def ranking_metrics(ranks):
@@ -88,7 +88,7 @@ def toy_oracle(world, histories):
 
 
 def reference_scores(dataset, users, split):
-    """Yield name, score function (list of users -> (B, I)) for each recommender that needs no LLM. Training part alone."""
+    """Yield name, score function (list of users -> (B, I)) for each recommender that needs no LLM. Fitted on the training part alone."""
     I = len(dataset.items)
     train = {u: torch.as_tensor(dataset.items_of(u, "train").astype(np.int64)) for u in range(len(dataset.users))}
     count = torch.bincount(torch.cat(list(train.values())), minlength=I).float()

@@ -322,7 +322,7 @@ class ILM(nn.Module):
             logit = self.head(hidden, allowed)[parent, column]
             total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
             user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
-            # The best finished names; a prefix that is not above a user's last of them can only lose, and is dead
+            # The `beams` best finished names; a prefix that is not above the last of them can only lose, and is dead
             done = (item >= 0) & (True if taken is None else ~taken[user, item])
             found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
             kept, place = best_of_each(found[0], found[2], beams)
@@ -446,9 +446,9 @@ def answer(model, text):
         return "{" + match[1] + "}"
 
     template = re.sub(r"\{(item|user|history):([^{}]+)\}", resolve, text)
-    if len(users) > 1:
-        raise InputError("one {user:ID} a prompt")
-    prompt = model.prompt_ids(template, users[0] if users else None, history, items)
+    if len(users) > 1 or re.search(r"\{(item|user|history)\}", text):
+        raise InputError("mention {item:ID}, {history:ID,ID} and at most one {user:ID}")
+    prompt = model.prompt_ids(template, users[0] if users else None, history, items, named=model.encoder is None)  # as in training
     return model.generate([prompt])[0]
 
 

@@ -175,9 +175,9 @@ class QFormer(nn.Module):
     def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint", keep=None, pair=None):
         """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None for what was not given.
 
-        Two ways to compute less, with the same results. keep: how many leading states the caller will use; the last layer returns no
-        others. pair (N,): cf has N rows, and row n goes with text pair[n]. Up to the first cross-attention nobody knows the item, and
-        the queries are constants: each text takes that way once, not once for every item that it is matched with."""
+        Two ways to compute less, with the same results (dropout apart). keep: how many leading states the caller will use; the last
+        layer returns no others. pair (N,): cf has N rows, and row n goes with text pair[n]. Up to the first cross-attention nobody
+        knows the item, and queries are constants: each text takes that way once, not once for every item it is matched with."""
         parts, mask, num_queries = [], None, 0
         if cf is not None:
             num_queries = self.config.num_queries
@@ -322,7 +322,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -385,7 +385,9 @@ def init_from_bert(model, state):
     The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
     Returns two lists: the names of our parameters that were loaded, and of those that were not.
     """
-    state, names = {name.removeprefix("bert."): tensor for name, tensor in state.items()}, dict(BERT_TOP)
+    modern = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # the first BERT files have the old names
+    rename = lambda name: next((name.replace(old, new) for old, new in modern.items() if old in name), name).removeprefix("bert.")
+    state, names = {rename(name): tensor for name, tensor in state.items()}, dict(BERT_TOP)
     kinds = state.get("embeddings.token_type_embeddings.weight")
     if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
         state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"] + kinds[0]

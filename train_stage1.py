@@ -98,6 +98,12 @@ def write_file(path, write):
     os.replace(temporary, path)
 
 
+def check_finite(losses, step):
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise InputError(f"step {step}: loss {name} is {value}; the last good checkpoint is kept; lower --lr")
+
+
 class RunDirectory:
     """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl."""
 
@@ -136,6 +142,7 @@ class RunDirectory:
 
     def save(self, step, parameters, optimizer, scaler, loss, targets=0):
         """Called after each validation: the state always, the weights when they are the best so far."""
+        check_finite({"validation": loss}, step)
         if not self.writes:
             return
         weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
@@ -147,20 +154,14 @@ class RunDirectory:
         write_file(self.path / "state.pt", lambda f: torch.save(state, f))
 
 
-def check_finite(losses, step):
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise InputError(f"step {step}: loss {name} is {value}; the last good checkpoint is kept; lower --lr")
-
-
 def progress(start, steps, what):
     """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
     return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=process()[0] > 0 or None, leave=False)
 
 
 # ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
-# N processes make the very run that one would make. A batch is drawn whole by each of them; each computes its own rows; gradients are
-# averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
+# N processes make the run that one would make (dropout apart). A batch is drawn whole by each; each computes its own rows; gradients
+# are averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
 # contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
 
 def start_processes(args):

@@ -8,7 +8,7 @@
 
 The loss is the LLM's own: -log p(target tokens | prompt). It reaches the item encoder and the adapter through the frozen LLM, whose
 weights never change. Three kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
-    sequential        a window of a user's history: *every* position is a target, packed in one row (ilm.pack)
+    sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
 The skeleton is train_stage1.py's; a diff of the two loops shows what is different.
@@ -247,7 +247,7 @@ def main():
     run.restore(parameters, optimizer, scaler)
     eval_every = args.eval_every or max(1, args.steps // 6)
     model.train()
-    parallel = distribute(model, world)
+    parallel = distribute(model, world if trainable else 1)
     seen_targets = run.state["targets"] if run.state else 0
 
     for step in progress(run.start, args.steps, "stage 2"):

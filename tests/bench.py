@@ -1,8 +1,8 @@
 """How fast, against what a reader would use instead: same process, same weights, same outputs, in turn. Prints tables, asserts results.
 
-    python tests/bench.py                        # all sections but the largest sizes, about ... minutes on two cores
+    python tests/bench.py                        # all sections but the largest sizes, about 8 minutes on two cores
     python tests/bench.py stage1 --rounds 7      # one section
-    python tests/bench.py cf --large             # 25 million generated interactions
+    python tests/bench.py cf --large             # 25 million generated interactions: 15 minutes more
     pip install implicit                         # wanted by `cf` alone
 
 Times are asserted nowhere: they are the machine's. Equal results are asserted everywhere.
@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # `implicit` asks for it, it has threads of its own; torch does not use OpenBLAS
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
@@ -274,7 +276,6 @@ def als_loss(users, items, X, Y, alpha=2.0, reg=1.0):
 
 
 def bench_cf(args):
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # implicit asks for it: it has threads of its own
     import scipy.sparse
     from implicit.als import AlternatingLeastSquares
     for name in ("100k", "1M", "25M") if args.large else ("100k", "1M"):

@@ -120,5 +120,6 @@ def test_a_process_that_dies_ends_the_run(toy, tmp_path):
     began = time.time()
     _, err = run.communicate(timeout=60)
     assert run.returncode != 0 and time.time() - began < 60
+    # torchrun may be faster than the survivor, and then says itself which process was killed
     assert "lost another process of this run; the last checkpoint is kept, go on with --resume" in err or "SIGKILL" in err, err
     assert (tmp_path / "run" / "state.pt").exists()
