@@ -220,9 +220,9 @@ def unique_titles(items):
 def k_core(users, items, min_count):
     """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
     frequent = lambda codes, keep: np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
-    keep, before = np.ones(len(users), dtype=bool), None
-    while before != (before := keep.sum()):
-        keep &= frequent(users, keep) & frequent(items, keep)
+    keep, before = np.ones(len(users), dtype=bool), -1
+    while keep.sum() != before:
+        before, keep = keep.sum(), keep & frequent(users, keep) & frequent(items, keep)
     return keep
 
 

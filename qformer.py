@@ -333,7 +333,7 @@ def gather(x, count):
 
 
 def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice(None)):
-    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars, similarity (B, B).
+    """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars.
 
     rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered.
     """
@@ -350,7 +350,7 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
     share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()                           # 1 for a single process
     return {"itc": itc_loss(similarity, model.scale(), same),
             "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
-            "itg": itg_loss(model.lm_logits(written), targets) * share}, similarity
+            "itg": itg_loss(model.lm_logits(written), targets) * share}
 
 
 def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
@@ -385,8 +385,7 @@ def init_from_bert(model, state):
     The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
     Returns two lists: the names of our parameters that were loaded, and of those that were not.
     """
-    modern = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # the first BERT files have the old names
-    rename = lambda name: next((name.replace(old, new) for old, new in modern.items() if old in name), name).removeprefix("bert.")
+    rename = lambda name: name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")  # old files
     state, names = {rename(name): tensor for name, tensor in state.items()}, dict(BERT_TOP)
     kinds = state.get("embeddings.token_type_embeddings.weight")
     if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT

@@ -291,8 +291,8 @@ class Objective(nn.Module):
         if "text" in batch:
             items = batch["text"]
             ids, mask, same = (t.to(device) for t in texts.batch(items))
-            losses, _ = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
-                                         own_rows(len(items)))
+            losses = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
+                                      own_rows(len(items)))
         for name in ("ii", "ui"):
             if name in batch:
                 left, right = batch[name]
@@ -312,7 +312,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         batch = torch.tensor(items[start:start + chunk])
         ids, mask, same = (t.to(device) for t in texts.batch(batch))
         cf = dataset.item_cf[batch].to(device)
-        losses, _ = item_text_losses(model, cf, ids, mask, same, texts.dec, torch.Generator(device).manual_seed(0))
+        losses = item_text_losses(model, cf, ids, mask, same, texts.dec, torch.Generator(device).manual_seed(0))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(items)
         queries.append(model.query_features(model.encode(cf)))

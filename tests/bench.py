@@ -104,7 +104,7 @@ def bench_stage1(args):
         apart = torch.zeros(B, B, dtype=torch.bool)
 
         def ours():
-            losses, _ = qformer.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
+            losses = qformer.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
             for name, (left, right) in vectors.items():
                 losses[name], _ = qformer.pair_loss(name, model, left, right, label, label + B)
             return losses

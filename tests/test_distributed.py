@@ -1,8 +1,7 @@
 """More than one process gives what one process gives: losses, gradients, weights, validation, files."""
 import json
 import os
-import re
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,7 +81,7 @@ def test_two_processes_make_the_step_of_one(toy, tmp_path, step):
         torch.testing.assert_close(theirs[0], losses, atol=1e-5, rtol=1e-5)
         assert theirs[1].keys() == gradients.keys() and len(gradients) > 10
         for name in gradients:
-            torch.testing.assert_close(theirs[1][name], gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(theirs[1][name], gradients[name], atol=1e-5, rtol=1e-5, msg=name)
             torch.testing.assert_close(theirs[2][name], weights[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
@@ -109,17 +108,19 @@ def test_both_stages_under_torchrun_write_one_run(toy, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_run(toy, tmp_path):
-    run = torchrun("train_stage1.py", "--data", toy, "--batch-size", 8, "--steps", 5000, "--eval-every", 20, "--out", tmp_path / "run")
+    """Without torchrun, which would stop the survivor before it can say why it stops."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_stage1.py"), "--data", str(toy), "--batch-size", "8", "--steps", "5000",
+               "--eval-every", "20", "--out", str(tmp_path / "run")]
+    first, second = (subprocess.Popen(command, cwd=ROOT, env={**os.environ, **address, "RANK": rank}, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.PIPE, text=True) for rank in "01")
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
     while (not log.exists() or log.read_text().count("\n") < 3) and time.time() < deadline:
         time.sleep(0.2)
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    children = [int(m[1]) for m in re.finditer(rf"^ *(\d+) +{run.pid} .*train_stage1", listed, re.M)]
-    assert len(children) == 2, listed
-    os.kill(children[1], signal.SIGKILL)
-    began = time.time()
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0 and time.time() - began < 60
-    # torchrun may be faster than the survivor, and then says itself which process was killed
-    assert "lost another process of this run; the last checkpoint is kept, go on with --resume" in err or "SIGKILL" in err, err
+    second.kill()
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 1 and "Traceback" not in err, err
+    assert "process 0: lost another process of this run; the last checkpoint is kept, go on with --resume" in err
     assert (tmp_path / "run" / "state.pt").exists()

@@ -26,6 +26,11 @@ def test_metrics_by_hand():
     assert m["se"]["HR@5"] == pytest.approx(math.sqrt(4 / 3 * 0.25) / 2)
 
 
+def test_a_score_that_is_not_a_number_is_no_hit():
+    scores = torch.tensor([[0.0, math.nan, 1.0], [2.0, math.nan, 1.0]])
+    assert evaluate.target_ranks(scores, torch.tensor([1, 0])).tolist() == [3, 2]
+
+
 def test_history_goes_but_a_repeated_target_stays(toy):
     dataset = data.load_dataset(toy)
     dataset.sequence[dataset.indptr[1] - 5] = dataset.target(0, "test")

@@ -265,6 +265,12 @@ def test_a_real_checkpoint(make_ilm):
     assert len(model.generate(prompts, 5)) == 3
 
 
+@pytest.mark.parametrize("text", ["Describe {item}.", "{user:0} and {user:1}", "What would {user} like?", "{item:nobody}"])
+def test_a_mention_that_names_nothing_is_one_line(make_ilm, text):
+    with pytest.raises(data.InputError):
+        ilm.answer(make_ilm(), text)
+
+
 def test_what_is_missing_is_said_in_one_line(tmp_path):
     for argv, message in ((["--run", "nowhere"], "not a finished stage2 run"), (["--run", str(tmp_path)], "no config.json")):
         done = subprocess.run([sys.executable, str(ROOT / "ilm.py"), *argv, "hi"], capture_output=True, text=True)

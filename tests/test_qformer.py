@@ -89,7 +89,7 @@ def test_a_step_has_the_same_bits_every_time():
     seen = []
     for _ in range(8):
         model.zero_grad()
-        losses, _ = qformer.item_text_losses(model, cf, ids, mask, torch.eye(n, dtype=torch.bool), 1, torch.Generator().manual_seed(0))
+        losses = qformer.item_text_losses(model, cf, ids, mask, torch.eye(n, dtype=torch.bool), 1, torch.Generator().manual_seed(0))
         sum(losses.values()).backward()
         seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(torch.equal(seen[0], other) for other in seen[1:])
@@ -218,7 +218,8 @@ def test_init_from_bert_makes_the_text_branch_bert(batch):
     bert = BertModel(BertConfig(vocab_size=V - 4, hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * D,
                                 max_position_embeddings=20)).eval()
     model, ids = QFormer(CONFIG).eval(), ids % (V - 4)
-    loaded, missing = qformer.init_from_bert(model, {"bert." + k: v for k, v in bert.state_dict().items()})
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    loaded, missing = qformer.init_from_bert(model, {"bert." + old(k): v for k, v in bert.state_dict().items()})
     ours, theirs = model(None, ids, mask)[1], bert(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
     assert torch.equal(model.layers[1].query_ffn.up.weight, model.layers[1].text_ffn.up.weight)

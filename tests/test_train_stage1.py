@@ -34,7 +34,7 @@ def test_one_batch_is_overfitted(toy, texts):
     (ids, mask, same), history = texts.batch(torch.arange(8)), []
     optimizer = train_stage1.make_optimizer(model, 3e-3, 0.0)
     for step in range(80):
-        losses, _ = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
+        losses = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -128,3 +128,14 @@ def test_real_data(tmp_path):
     data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out)]))
     assert run(out, tmp_path / "run", "--steps", 2, "--tokenizer", real("llm/TinyStories-656K")).returncode == 0
     assert load_file(tmp_path / "run" / "model.safetensors")["queries"].shape == (1, 2, 32)
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
+    args = train_stage1.parse_args(["--out", str(tmp_path)])
+    run, model = train_stage1.RunDirectory(args, {}), torch.nn.Linear(2, 2)
+    save = lambda step, loss: run.save(step, dict(model.named_parameters()), torch.optim.SGD(model.parameters()),
+                                       torch.amp.GradScaler("cpu", enabled=False), loss)
+    save(0, 1.0)
+    with pytest.raises(data.InputError, match="step 5: loss validation is nan"):
+        save(5, float("nan"))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
