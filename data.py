@@ -338,9 +338,11 @@ def load_prompts(path=Path(__file__).with_name("prompts.txt")):
     templates = []
     for number, line in enumerate(open(path, encoding="utf-8"), 1):
         if line.strip() and not line.startswith("#"):
-            fields = [f.strip() for f in line.replace("{user_id}", "{user}").split(";")]
+            fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", line).split(";")]
             if len(fields) != 4 or fields[1] not in ("seen", "unseen"):
                 raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`")
+            if fields[0] in RANKING_TASKS:  # what OpenP5's targets have before the name belongs to the prompt
+                fields[2] = f"{fields[2]} {fields[3].partition('{target}')[0]}".strip()
             templates.append(tuple(fields))
     return templates
 
@@ -351,22 +353,42 @@ def item_split(name, item_id):
     return "valid" if bucket == 0 else "test" if bucket < 3 else "train"
 
 
-def text_tasks(items, splits, templates, seed):
-    """Fill each text template for every item that has what its target names; {item} twice means a pair of one split. {text} and
-    attribute names stand for the item's own, {common} for the attributes that both items share. A prompt never holds a title: what
-    the answer needs has to come through the item's CF vector."""
-    rng, tasks = np.random.default_rng([seed, 24]), []
-    pools = {s: [i for i, split in enumerate(splits) if split == s and items[i]["text"]] for s in ("train", "valid", "test")}
+FACT_NAMES = {"kind": ("genre", "genres", "categories"), "when": ("era", "decade"), "who": ("director", "brand")}  # by what a source has
+
+
+def facts_of(item, other=None):
+    """What targets may name: an item's text and attributes, `facts` (all of them), and FACT_NAMES, the same thing in all sources; of
+    two items also what they have in `common`, how the second does `differ`, and what lies `between` them."""
+    mine = item["attributes"]
+    facts = {"text": item["text"], "facts": ", ".join(mine.values()), **mine}
+    facts |= {name: mine[key] for name, keys in FACT_NAMES.items() for key in keys if key in mine}
+    if other:
+        both = [(k, v, other["attributes"][k]) for k, v in mine.items() if k in other["attributes"]]
+        facts["common"] = ", ".join(f"{k} {v}" for k, v, w in both if v == w) or "nothing"
+        facts["differ"] = ", ".join(f"{k} {w}" for k, v, w in both if v != w) or "nothing"
+        facts["between"] = ", ".join(v if v == w else f"{v} or {w}" for k, v, w in both)
+    return facts
+
+
+def text_tasks(items, splits, templates, item_cf, seed, limit=5000):
+    """Fill each text template for every item (of `limit` a split) that has what its target names. A second {item} is any other of
+    the same split, {neighbour} the one whose CF vector has the highest cosine. A prompt never holds a title: what the answer needs
+    has to come through the CF vectors."""
+    rng, tasks, unit = np.random.default_rng([seed, 24]), [], F.normalize(item_cf).numpy()
+    pools = {s: np.array([i for i, x in enumerate(splits) if x == s and items[i]["text"]], dtype=int) for s in ("train", "valid", "test")}
+    pools = {s: np.sort(rng.permutation(pool)[:limit]) for s, pool in pools.items()}
     for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
-        for i in (i for pool in pools.values() for i in pool):
-            chosen, facts = [i], {"text": items[i]["text"], **items[i]["attributes"]}
-            if prompt.count("{item}") == 2:
-                chosen.append(pools[splits[i]][int(rng.integers(len(pools[splits[i]])))])
-                other = items[chosen[1]]["attributes"]
-                facts["common"] = ", ".join(f"{k} {v}" for k, v in items[i]["attributes"].items() if other.get(k) == v) or "nothing"
-            if all(name in facts for name in re.findall(r"\{(\w+)\}", target)) and len(set(chosen)) == prompt.count("{item}"):
-                tasks.append({"task": task, "split": splits[i], "prompt": prompt,
-                              "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
+        for split, pool in pools.items():
+            for i in pool.tolist():
+                others, chosen = pool[pool != i], [i]
+                if "{neighbour}" in prompt:
+                    chosen += others[(unit[others] @ unit[i]).argsort()[-1:]].tolist()
+                elif prompt.count("{item}") == 2:
+                    chosen += rng.permutation(others)[:1].tolist()
+                facts = facts_of(*(items[k] for k in chosen))
+                if all(facts.get(name) for name in re.findall(r"\{(\w+)\}", target)):
+                    tasks.append({"task": task, "split": split, "prompt": prompt.replace("{neighbour}", "{item}"),
+                                  "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
     return tasks
 
 
@@ -426,7 +448,7 @@ def prepare(args):
     if renamed := unique_titles(catalogue):
         print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
     splits = [item_split(Path(args.out).name, x) for x in item_ids]
-    tasks = text_tasks(catalogue, splits, load_prompts(), args.seed)
+    tasks = text_tasks(catalogue, splits, load_prompts(), vectors[1], args.seed)
     meta = {"name": Path(args.out).name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
             "min_count": args.min_count, "users": U, "items": I, "interactions": len(users), "short_users": int((lengths < 3).sum()),
             "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "dim": vectors[0].shape[1]},

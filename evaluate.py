@@ -1,33 +1,44 @@
 """Metrics, controls and tables: what a run is worth, beside what simpler things are worth.
 
     python evaluate.py                                                    # all runs of out/toy, about 20 seconds
-    python evaluate.py --run out/toy/ilm out/toy/mlp --controls --json results.json
+    python evaluate.py --run out/toy/ilm out/toy/mlp --controls --sasrec --json results.json
+    python evaluate.py --table assets/results/toy/*.json --plot assets        # means over seeds and who differs; runs nothing
 
 Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one seen and one unseen
 prompt. HR@k: share of users whose test item is among the first k. NDCG@k: mean of 1 / log2(rank + 1) there, else 0. Ties count
 against the target. Items of the user's own history are taken out, for every method and reference alike (--keep-history leaves them
 in); the target itself is never taken out. Text: log perplexity (-log p per target token, lower is better) and, where a task asks
-for one attribute, the share of generated answers that equal the truth.
+for one attribute, the share of generated answers that equal the truth; SC, the cosine of sentence embeddings of written and true text.
+
+Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
+one method (--against), by a bootstrap that draws users (text: items) and seeds.
 
 References that use no text: popularity, item-kNN, MF (the dot products of the very CF vectors that the encoders read), and on the toy
 world the Bayes-optimal oracle. Retention = HR@10 of the method / HR@10 of MF: how much of the CF signal survives the frozen LLM.
 """
 import argparse
+import hashlib
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 from data import RANKING_TASKS, InputError, load_dataset, run_script, toy_world
-from ilm import autocast, load_ilm, pick_device
+from ilm import autocast, from_pretrained, load_ilm, pick_device
+from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
-from train_stage2 import Examples, collate, held_out_losses, load_stage1, pack
+from train_stage2 import HISTORY, Examples, collate, load_stage1, pack
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
 
 
 # ---- Metrics: pure functions -----------------------------------------------------------------------------------------
@@ -39,14 +50,29 @@ def target_ranks(scores, targets):
 
 
 def ranking_metrics(ranks):
-    """Ranks (U,) from 1 -> {"HR@5", "NDCG@5", "HR@10", "NDCG@10", "users", "se"}, se = standard error of each mean over users."""
-    ranks, out, se = np.asarray(ranks, dtype=float), {}, {}
-    for k in (5, 10):
-        hit = ranks <= k
-        for name, values in ((f"HR@{k}", hit.astype(float)), (f"NDCG@{k}", np.where(hit, 1 / np.log2(ranks + 1), 0.0))):
-            out[name] = float(values.mean())
-            se[name] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {**out, "users": len(ranks), "se": se}
+    """Ranks (U,) from 1 -> {"HR@5", "NDCG@5", "HR@10", "NDCG@10", "users", "se", "hits"}, se = standard error of each mean over users.
+    hits: a character a user, the rank as a hexadecimal digit, 0 if it is above 10. All metrics can be had from it again (per_user)."""
+    hits = "".join(f"{int(r):x}" if r <= 10 else "0" for r in ranks)
+    values = {key: per_user({"hits": hits}, key) for key in KEYS}
+    se = {key: float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else 0.0 for key, v in values.items()}
+    return {**{key: float(v.mean()) for key, v in values.items()}, "users": len(hits), "se": se, "hits": hits}
+
+
+def per_user(metrics, key):
+    """What each user adds to HR@k or NDCG@k, (U,)."""
+    ranks, k = np.array([int(c, 16) for c in metrics["hits"]]), int(key.split("@")[1])
+    return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
+
+
+def bootstrap(a, b, draws=2000):
+    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users), users drawn in pairs."""
+    rng, U = np.random.default_rng(0), a.shape[1]
+    below, above = 0, 0
+    for _ in range(draws):
+        users = rng.integers(U, size=U)
+        means = [x[rng.integers(len(x), size=len(x))][:, users].mean() for x in (a, b)]
+        below, above = below + (means[0] <= means[1]), above + (means[0] >= means[1])
+    return min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
 
 
 def targets_and_taken(dataset, users, split, keep_history):
@@ -117,16 +143,69 @@ def reference_scores(dataset, users, split):
         yield "oracle", lambda batch: toy_oracle(world, [numbers[dataset.items_of(u, split)] for u in batch])[:, columns]
 
 
-def references(dataset, users, split, keep_history):
-    out = {}
-    for name, score in reference_scores(dataset, users, split):
-        ranks = []
-        for start in range(0, len(users), 256):
-            batch = users[start:start + 256]
-            targets, taken = targets_and_taken(dataset, batch, split, keep_history)
-            ranks.append(target_ranks(score(batch).masked_fill(taken, -torch.inf), targets))
-        out[name] = ranking_metrics(torch.cat(ranks))
-    return out
+class SASRec(nn.Module):
+    """A causal Transformer over item embeddings (Kang and McAuley 2018), trained here with the full softmax. (B, L) -> (B, L, I)."""
+
+    def __init__(self, num_items, width=64, dropout=0.3):
+        super().__init__()
+        self.items, self.positions = nn.Embedding(num_items + 1, width), nn.Embedding(HISTORY, width)  # the last item is padding
+        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.blocks, self.norm = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.items.weight, std=0.02)
+
+    def forward(self, ids):
+        L = ids.shape[1]
+        x = self.dropout(self.items(ids) * ids.new_tensor(self.norm.normalized_shape[0]).sqrt() + self.positions.weight[:L])
+        x = self.blocks(x, mask=nn.Transformer.generate_square_subsequent_mask(L), is_causal=True)  # padding stands at the right
+        return self.norm(x) @ self.items.weight[:-1].T
+
+
+def sasrec(dataset, split, keep_history, steps=2000, batch_size=128):
+    """Train SASRec -> its score function; the checkpoint with the best validation HR@10 of up to 500 users counts."""
+    torch.manual_seed(0)
+    I, rng, eligible = len(dataset.items), np.random.default_rng(0), dataset.eligible()
+    model = SASRec(I)
+    optimizer, best = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98)), (-1.0, None)
+    pad = lambda rows, length: torch.tensor([[*map(int, row)] + [I] * (length - len(row)) for row in rows])
+
+    @torch.no_grad()
+    def score(batch, split=split):
+        histories = [dataset.items_of(u, split)[-HISTORY:] for u in batch]
+        return model(pad(histories, HISTORY))[torch.arange(len(batch)), torch.tensor([len(h) - 1 for h in histories])]
+
+    for step in range(steps + 1):
+        if step % 200 == 0:
+            model.eval()
+            found = reference_ranks(dataset, eligible[:500], "valid", keep_history, lambda batch: score(batch, "valid"))
+            best = max(best, (found["HR@10"], {k: v.clone() for k, v in model.state_dict().items()}), key=lambda x: x[0])
+            model.train()
+        rows = [dataset.items_of(u, "train") for u in rng.choice(eligible, size=batch_size)]
+        rows = [row[start:start + HISTORY + 1] for row in rows for start in [int(rng.integers(max(1, len(row) - HISTORY)))]]
+        ids = pad(rows, HISTORY + 1)
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=I)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.load_state_dict(best[1])
+    model.eval()
+    return score
+
+
+def reference_ranks(dataset, users, split, keep_history, score):
+    ranks = []
+    for start in range(0, len(users), 256):
+        batch = users[start:start + 256]
+        targets, taken = targets_and_taken(dataset, batch, split, keep_history)
+        ranks.append(target_ranks(score(batch).masked_fill(taken, -torch.inf), targets))
+    return ranking_metrics(torch.cat(ranks))
+
+
+def references(dataset, users, args):
+    scores = dict(reference_scores(dataset, users, args.split))
+    if args.sasrec:
+        scores["sasrec"] = sasrec(dataset, args.split, args.keep_history)
+    return {name: reference_ranks(dataset, users, args.split, args.keep_history, score) for name, score in scores.items()}
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -147,34 +226,54 @@ def rank_users(model, examples, task, prompts, users, args, device):
 
 
 @torch.no_grad()
+def sentence_embeddings(encoder, tokenizer, texts):
+    """Texts -> unit vectors (N, width): the mean of an encoder's last states over the tokens."""
+    ids, out = [tokenizer(text)["input_ids"] or [0] for text in texts], []
+    for chunk in (ids[k:k + 64] for k in range(0, len(ids), 64)):
+        mask = torch.tensor([[1] * len(row) + [0] * (max(map(len, chunk)) - len(row)) for row in chunk], device=encoder.device)
+        padded = torch.tensor([row + [0] * (mask.shape[1] - len(row)) for row in chunk], device=encoder.device)
+        states = encoder(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+        out.append(F.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1))
+    return torch.cat(out)
+
+
+@torch.no_grad()
 def evaluate_text(model, examples, args, device):
-    """Log perplexity per task on held-out items, and how often a generated attribute equals the truth."""
-    pool = examples.tasks[args.split]
+    """On held-out items: log perplexity, in all, per task and per item; and of what the model writes (64 instances a task at most) SC, the
+    cosine of sentence embeddings of written and true text, and how often an asked-for attribute is the truth."""
     attributes = {name for item in model.dataset.items for name in item.get("attributes", {})}
-    per_task, accuracy, every = {}, {}, []
+    pool, losses, written = examples.tasks[args.split], {}, {}
     for task in sorted({t["task"] for t in pool}):
         instances = [t for t in pool if t["task"] == task][:args.max_texts]
-        pairs = sorted((examples.text(t) + (t["target"],) for t in instances), key=lambda x: len(x[0]))
-        batches = [collate([pack([p[:2]]) for p in pairs[k:k + 64]]) for k in range(0, len(pairs), 64)]
-        loss, tokens = held_out_losses(model, {"text": batches}, device)["text"], sum(len(p[1]) for p in pairs)
-        per_task[task] = loss
-        every.append((loss * tokens, tokens))
-        if task in attributes:
-            model.eval()
-            written = [text for k in range(0, len(pairs), 64) for text in model.generate([p[0] for p in pairs[k:k + 64]], 32)]
-            accuracy[task] = float(np.mean([text == p[2] for text, p in zip(written, pairs)]))
-    model.eval()
-    total = np.sum(every, axis=0) if every else (np.nan, 1)
-    return {"log_ppl": float(total[0] / total[1]), "per_task": per_task, "attribute_accuracy": accuracy}
+        instances = sorted(instances, key=lambda t: len(t["target"]))
+        for chunk in (instances[k:k + 64] for k in range(0, len(instances), 64)):
+            batch = collate([pack([examples.text(t)]) for t in chunk])
+            with autocast(device):
+                nll = model(batch)[1].double().cpu()
+            row = (batch["label"] >= 0).nonzero()[:, 0]
+            for t, total, count in zip(chunk, torch.zeros(len(chunk)).double().index_add(0, row, nll), row.bincount()):
+                losses.setdefault(task, []).append((t["items"][0], total.item(), count.item()))
+        few = instances[::-(-len(instances) // 64)]
+        written[task] = list(zip(model.generate([examples.text(t)[0] for t in few], 32), (t["target"] for t in few)))
+    mean = lambda rows: sum(r[1] for r in rows) / max(1, sum(r[2] for r in rows))
+    every, pairs = sum(losses.values(), []), sum(written.values(), [])
+    out = {"log_ppl": mean(every), "per_task": {task: mean(rows) for task, rows in losses.items()},
+           "per_item": {i: round(mean([r for r in every if r[0] == i]), 4) for i in sorted({r[0] for r in every})},
+           "attribute_accuracy": {task: float(np.mean([a == b for a, b in written[task]])) for task in written if task in attributes}}
+    if args.sc_encoder:
+        encoder = (from_pretrained(kind, args.sc_encoder, "--sc-encoder") for kind in (AutoModel, AutoTokenizer))
+    else:
+        encoder = model.llm.base_model, model.tokenizer
+    a, b = (sentence_embeddings(*e, texts) for e in [tuple(encoder)] for texts in zip(*pairs))
+    return out | {"sc": float((a * b).sum(1).mean()), "sc_encoder": args.sc_encoder and Path(args.sc_encoder).name or "the frozen LLM's own states",
+                  "written": {task: rows[0] for task, rows in written.items()}}
 
 
 def controls(model, examples, users, args, device):
     """Sequential ranking when the CF vectors belong to others, when soft tokens are zero, when there are none: is the signal used?"""
     rank = lambda: ranking_metrics(rank_users(model, examples, "sequential", "seen", users, args, device))
-    I, cf, encoder, out = model.num_items, model.cf.clone(), model.encoder, {}
-    generator = torch.Generator().manual_seed(0)
-    order = torch.cat([torch.randperm(I, generator=generator), I + torch.randperm(len(cf) - I, generator=generator)])
-    model.cf.copy_(cf[order.to(cf.device)])
+    cf, encoder, out = model.cf.clone(), model.encoder, {}
+    model.shuffle_cf()
     out["shuffled_cf"] = rank()
     model.cf.copy_(cf)
     model.zero_soft = True
@@ -185,19 +284,32 @@ def controls(model, examples, users, args, device):
     return out
 
 
+@torch.no_grad()
+def alignment(model, config, dataset, texts, items, device):
+    """Similarity of up to 24 held-out items (rows) with their texts (columns), by a fresh Q-Former and by the trained one."""
+    torch.manual_seed(config["seed"])
+    ids, mask, _ = (t.to(device) for t in texts.batch(torch.tensor(items[:24])))
+    cf = dataset.item_cf[items[:24]].to(device)
+    similar = lambda m: item_text_similarity(m.query_features(m.encode(cf)), m.text_features(ids, mask)).cpu().numpy().round(3).tolist()
+    return {"before": similar(QFormer(model.config).to(device).eval()), "after": similar(model.eval())}
+
+
 def evaluate_run(run, args, device):
     """One run directory -> the dict of metrics.json (forks read it: keys are only added)."""
     began, config = time.time(), json.loads((Path(run) / "config.json").read_text())
-    data = args.data or config["data"]
+    data, log = args.data or config["data"], Path(run) / "log.jsonl"
+    curve = [row for row in map(json.loads, log.read_text().splitlines() if log.exists() else []) if any("valid" in k for k in row)]
     out = {"run": str(run), "kind": config["kind"], "dataset": data, "seed": config["seed"], "split": args.split,
-           "filtered": not args.keep_history, "commit": commit(), "device": str(device)}
+           "filtered": not args.keep_history, "commit": commit(), "device": str(device), "steps": config["steps"], "lr": config["lr"],
+           "num_queries": config.get("num_queries") or config["qformer"]["num_queries"], "curve": curve}
     if config["kind"] == "stage1":
         dataset = load_dataset(data)
         model, texts, _ = load_stage1(run, dataset, device)
-        found = evaluate_texts(model, dataset, texts, dataset.items_in(args.split), device)
-        out |= {"method": "+".join(config["losses"]), "stage1": {
+        items = dataset.items_in(args.split)
+        found = evaluate_texts(model, dataset, texts, items, device)
+        out |= {"method": "+".join(config["losses"]), "text_fraction": config["text_fraction"], "stage1": {
             "item_to_text_R@1": found["R@1"], "R@5": found["R@5"], "chance@1": found["chance@1"],
-            "held_out": {k: found[k] for k in ("itc", "itm", "itg")}}}
+            "held_out": {k: found[k] for k in ("itc", "itm", "itg")}, "alignment": alignment(model, config, dataset, texts, items, device)}}
     else:
         model = load_ilm(run, device, data)
         dataset, users = model.dataset, test_users(model.dataset, args.max_users)
@@ -206,9 +318,9 @@ def evaluate_run(run, args, device):
         for task in [t for t in RANKING_TASKS if t in args.tasks]:
             out["rec"][task] = {prompts: ranking_metrics(rank_users(model, examples, task, prompts, users, args, device))
                                 for prompts in ("seen", "unseen")}
-        if "text" in args.tasks:
+        if "text" in args.tasks and examples.tasks[args.split]:
             out["text"] = evaluate_text(model, examples, args, device)
-        out["references"] = references(dataset, users, args.split, args.keep_history)
+        out["references"] = references(dataset, users, args)
         if args.controls and model.encoder is not None:
             out["controls"] = controls(model, examples, users, args, device)
         if "sequential" in out["rec"]:
@@ -219,9 +331,9 @@ def evaluate_run(run, args, device):
 
 
 def test_users(dataset, limit):
-    """All eligible users, or a fixed random sample of them."""
+    """All eligible users, or a sample of them, fixed by a hash of their ids."""
     users = dataset.eligible()
-    return users if not limit else np.sort(users[np.random.default_rng(0).permutation(len(users))[:limit]])
+    return np.sort(sorted(users, key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest())[:limit or None])
 
 
 def commit():
@@ -233,38 +345,117 @@ def commit():
         return None
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
 
-def print_tables(results):
-    row = lambda name, m: print(f"  {name:34}" + "".join(f"{m[k]:9.3f}" for k in KEYS) + f"   ± {m['se']['HR@10']:.3f}")
-    head = lambda title: print(f"\n{title:36}" + "".join(f"{k:>9}" for k in KEYS) + "   s.e. of HR@10")
-    stage2 = [r for r in results if "rec" in r]
-    for task in RANKING_TASKS:
-        rows = [r for r in stage2 if task in r["rec"]]
-        if rows:
-            head(f"{task} ({rows[0]['split']}, {rows[0]['rec'][task]['seen']['users']} users)")
-            for name, m in rows[0]["references"].items():
-                row(name, m)
-            for r in rows:
-                for prompts, m in r["rec"][task].items():
-                    row(f"{Path(r['run']).name}, {prompts} prompts", m)
-                if task == "sequential":
-                    for name, m in r.get("controls", {}).items():
-                        row(f"    control: {name}", m)
-    for r in stage2:
-        if "retention" in r:
-            print(f"\n{Path(r['run']).name}: retention {r['retention']:.2f} (sequential HR@10 over MF's)", end="")
-        if "text" in r:
-            accuracy = "  ".join(f"{k} {v:.2f}" for k, v in r["text"]["attribute_accuracy"].items())
-            print(f"\n{Path(r['run']).name}: text tasks on held-out items, log perplexity {r['text']['log_ppl']:.3f} (lower is better)\n"
-                  f"  log perplexity  {'  '.join(f'{k} {v:.2f}' for k, v in r['text']['per_task'].items())}\n  accuracy        {accuracy}")
+def by_method(results, pick, label=""):
+    """{method: [pick(run) of each seed]} of the runs for which pick finds something; a method is a run's name without its -s0, -s1, ..."""
+    out = {}
     for r in results:
-        if "stage1" in r:
-            s = r["stage1"]
-            print(f"\n{Path(r['run']).name} ({r['method']}): item-to-text R@1 {s['item_to_text_R@1']:.3f} (chance {s['chance@1']:.3f}), "
-                  f"R@5 {s['R@5']:.3f}; held-out " + "  ".join(f"{k} {v:.3f}" for k, v in s["held_out"].items()))
+        try:
+            out.setdefault(re.sub(r"-s\d+$", "", Path(r["run"]).name) + label, []).append(pick(r))
+        except KeyError:
+            pass
+    return {name: found for name, found in out.items() if found}
+
+
+def table(title, keys, methods, against="", values=None):
+    """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
+    difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
+    if methods and keys:
+        print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
+    for name, found in methods.items() if keys else ():
+        last = [m[keys[-1]] for m in found]
+        error = np.std(last, ddof=1) / np.sqrt(len(last)) if len(last) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
+        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"  ± {error:.3f} {len(found):4}"
+        other = methods.get(against + name[name.find(","):] * ("," in name))
+        if values and other and other is not found:
+            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
+        print(line)
+
+
+def print_tables(results, against="ilm"):
+    """Runs of one data set, whatever was measured of them."""
+    keys = [*KEYS[:2], KEYS[3], KEYS[2]]
+    for task in RANKING_TASKS:
+        methods = {name: [m] for r in results if task in r.get("rec", {}) for name, m in r["references"].items()}
+        for prompts in ("seen", "unseen"):
+            methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
+        for name in CONTROLS if task == "sequential" else ():
+            methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
+        users = next((m[0]["users"] for m in methods.values()), 0)
+        table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"))
+    texts = by_method(results, lambda r: r["text"])
+    table("text tasks, held-out items", ["sc", "log_ppl"], texts, against, lambda m: [*m["per_item"].values()])
+    names = [*dict.fromkeys(name for found in texts.values() for m in found for name in m["attribute_accuracy"])]
+    table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
+    table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
+        **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
     r = results[0]
     print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {r['commit']}")
+    for name, found in by_method(results, lambda r: r["retention"]).items():
+        print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
+
+
+def plot(results, folder):
+    """The README's figures (matplotlib, which nothing else needs): every one that these results can fill."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def figure(name, titles, draw):
+        fig, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.2), facecolor="white", squeeze=False)
+        drawn = [draw(ax, k) for k, ax in enumerate(axes[0])]
+        for ax, title in zip(axes[0], titles):
+            ax.set_title(title, fontsize=10)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=7)
+        if all(drawn):
+            fig.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+            print(f"wrote {Path(folder) / name}.png")
+        plt.close(fig)
+
+    def queries(ax, k):
+        pick = (lambda r: r["rec"]["sequential"]["seen"]["HR@10"], lambda r: r["text"]["log_ppl"])[k]
+        for method in ("ilm", "mlp"):
+            of = lambda r: pick(r) if r["method"] == method and re.search(r"-k\d+-s\d+$", r["run"]) else {}[0]
+            found = {int(name.split("-k")[1]): values for name, values in by_method(results, of).items()}
+            x = sorted(found)
+            error = [np.std(found[q], ddof=1) / np.sqrt(len(found[q])) if len(found[q]) > 1 else 0 for q in x]
+            ax.errorbar(x, [np.mean(found[q]) for q in x], error, marker="o", label=method, capsize=3)
+        ax.set_xscale("log", base=2), ax.set_xlabel("soft tokens per item")
+        return bool(found)
+
+    def curves(key, only, xlabel):
+        def draw(ax, k):
+            found = by_method(results, lambda r: only(r) and {c["step"]: c[key[k]] for c in r["curve"] if key[k] in c} or {}[0])
+            for name, seeds in found.items():
+                x = sorted(set.intersection(*map(set, seeds)))[1:]
+                ax.plot(x, [np.mean([s[step] for s in seeds]) for step in x], marker=".", label=name)
+            ax.set_xlabel(xlabel)
+            return bool(found)
+        return draw
+
+    def similarity(ax, k):
+        r = next((r for r in results if "alignment" in r.get("stage1", {})), None)
+        if r:
+            ax.imshow(r["stage1"]["alignment"][("before", "after")[k]], cmap="viridis")
+            ax.set_xlabel("text"), ax.set_ylabel("item")
+        return bool(r)
+
+    figure("query_tokens", ["sequential HR@10 (test)", "text tasks, log perplexity (test)"], queries)
+    figure("budget", ["sequential, validation loss", "straightforward", "text"], curves(
+        ("valid_sequential", "valid_straightforward", "valid_text"), lambda r: "rec" in r and "-k" not in r["run"], "stage-2 steps"))
+    figure("stage1", ["itc, validation loss", "itg"], curves(("valid_itc", "valid_itg"), lambda r: "stage1" in r, "stage-1 steps"))
+    figure("alignment", ["before stage 1", "after stage 1"], similarity)
+
+
+def show(results, args):
+    for data in dict.fromkeys(r["dataset"] for r in results):
+        print(f"\n== {data}")
+        print_tables([r for r in results if r["dataset"] == data], args.against)
+    if args.plot:
+        plot(results, args.plot)
 
 
 def main():
@@ -277,6 +468,11 @@ def main():
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="score names without renormalising")
     p.add_argument("--keep-history", action=argparse.BooleanOptionalAction, default=False, help="leave items of the history in [no]")
     p.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False, help="shuffled CF, zero soft tokens, text only")
+    p.add_argument("--sasrec", action=argparse.BooleanOptionalAction, default=False, help="train SASRec as one more reference")
+    p.add_argument("--sc-encoder", metavar="PATH", help="folder or hub id of a sentence encoder for SC [the LLM's own mean states]")
+    p.add_argument("--table", nargs="+", metavar="FILE", help="run nothing: tables of these metrics.json or --json files")
+    p.add_argument("--against", default="ilm", help="the method that p compares with [ilm]")
+    p.add_argument("--plot", metavar="DIR", help="draw figures there (needs matplotlib)")
     p.add_argument("--max-users", type=int, help="a fixed random sample of test users [all]")
     p.add_argument("--max-texts", type=int, default=500, help="instances a text task [500]")
     p.add_argument("--batch-size", type=int, default=50, help="users ranked at a time [50]")
@@ -284,6 +480,9 @@ def main():
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument("--seed", type=int, default=0, help="of nothing here: evaluation draws no random numbers but fixed ones [0]")
     args = p.parse_args()
+    if args.table:
+        results = [json.loads(Path(f).read_text()) for f in args.table]
+        return show([r for found in results for r in (found if isinstance(found, list) else [found])], args)
     runs = args.run or sorted(str(f.parent) for f in Path("out/toy").glob("*/model.safetensors"))
     if not runs:
         raise InputError("no runs in out/toy; run train_stage1.py and train_stage2.py first, or name run directories with --run")
@@ -294,7 +493,7 @@ def main():
     results = [evaluate_run(run, args, device) for run in runs]
     if args.json:
         write_file(Path(args.json), lambda f: f.write_text(json.dumps(results, indent=1)))
-    print_tables(results)
+    show(results, args)
 
 
 if __name__ == "__main__":

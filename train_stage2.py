@@ -7,7 +7,9 @@
     python train_stage2.py --data data/ml-1m --llm org/model --stage1 out/ml-1m/stage1 --out out/ml-1m/ilm
 
 The loss is the LLM's own: -log p(target tokens | prompt). It reaches the item encoder and the adapter through the frozen LLM, whose
-weights never change. Three kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
+weights never change. DEVIATION: p of an item's name is divided among the names of the catalogue, token by token, exactly as when
+evaluate.py ranks it: nothing is spent on spelling, and a name ends where it is decided (--full-vocabulary: the paper's loss). Three
+kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
@@ -37,7 +39,7 @@ HISTORY = 20  # OpenP5: histories are cut to the last 20 items
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
 
 def pack(examples):
-    """Examples (prompt ids, target ids) that share beginnings -> one row: a trunk, and a branch for each example.
+    """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
 
         trunk     u A B C D          the longest prompt; a branch leaves it where its own prompt differs
         branch 1    A | . Next: B    sees u A and itself
@@ -46,28 +48,30 @@ def pack(examples):
 
     Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
     one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
-    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label.
+    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
+    (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target).
     """
-    trunk = max((prompt for prompt, _ in examples), key=len)
+    trunk = max((prompt for prompt, *_ in examples), key=len)
     shared = []
-    for prompt, _ in examples:
+    for prompt, *_ in examples:
         n = next((k for k, (a, b) in enumerate(zip(prompt, trunk)) if a != b), len(prompt))
         shared.append(min(n, len(prompt) - 1))
     n = max(shared)
-    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n}
-    for number, ((prompt, target), n) in enumerate(zip(examples, shared), 1):
+    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n, "node": [-1] * n}
+    for number, ((prompt, target, *nodes), n) in enumerate(zip(examples, shared), 1):
         ids = prompt[n:] + target
         row["ids"] = row["ids"] + ids[:-1]
         row["position"] += range(n, n + len(ids) - 1)
         row["branch"] += [number] * (len(ids) - 1)
         row["attach"] += [n] * (len(ids) - 1)
         row["label"] += [-100] * (len(prompt) - n - 1) + target
+        row["node"] += [-1] * (len(prompt) - n - 1) + (nodes[0] if nodes else [-1] * len(target))
     return row
 
 
 def collate(rows):
     """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels."""
-    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100}
+    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
     return {key: torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows]) for key, pad in fill.items()}
 
 
@@ -78,8 +82,13 @@ class Examples:
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
-        self.templates = {(task, prompts): [t[2] for t in load_prompts() if t[:2] == (task, prompts)]
+        lines = load_prompts(*filter(None, [model.config.get("prompts")]))
+        self.templates = {(task, prompts): [t[2].replace("{dataset}", dataset.meta["name"]) for t in lines if t[:2] == (task, prompts)]
                           for task in RANKING_TASKS for prompts in ("seen", "unseen")}
+        if not all(self.templates.values()):
+            raise InputError(f"--prompts {model.config.get('prompts')}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
+        whole = model.config.get("full_vocabulary")  # name(i): what pack takes for a target
+        self.name = (lambda i: (model.name_ids[i],)) if whole else (lambda i: model.names_trie.paths[i])
         self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
         self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}
         self.users = np.array([u for u, s in self.sequences.items() if len(s) >= 2])
@@ -98,13 +107,13 @@ class Examples:
         s = self.sequences[user]
         start = int(rng.integers(max(1, len(s) - HISTORY)))
         window = s[start:start + HISTORY + 1]
-        return pack([(self.ranking("sequential", user, window[:k], template), self.model.name_ids[window[k]])
+        return pack([(self.ranking("sequential", user, window[:k], template), *self.name(window[k]))
                      for k in range(1, len(window))])
 
     def straightforward_row(self, user, template, rng):
         s = self.sequences[user]
         prompt = self.ranking("straightforward", user, (), template)
-        return pack([(prompt, self.model.name_ids[i]) for i in rng.permutation(s)[:HISTORY]])
+        return pack([(prompt, *self.name(i)) for i in rng.permutation(s)[:HISTORY]])
 
     def batch(self, kind, size, rng):
         """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. One template a
@@ -130,7 +139,7 @@ class Examples:
             for k, u in enumerate(users):
                 history, target = self.dataset.items_of(u, split), self.dataset.target(u, split)
                 prompt = self.ranking(task, u, history, templates[k % len(templates)])
-                rows.append(pack([(prompt, self.model.name_ids[i]) for i in [target, *sorted(set(history[-50:]) - {target})]]))
+                rows.append(pack([(prompt, *self.name(i)) for i in [target, *sorted(set(history[-50:]) - {target})]]))
             out[task] = [collate(rows[k:k + size]) for k in range(0, len(rows), size)]
         pool = self.tasks[split]
         rows = [pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
@@ -189,9 +198,13 @@ def parse_args(argv=None):
     p.add_argument("--stage1", default="out/toy/stage1", help="run directory of train_stage1.py, for --method ilm [out/toy/stage1]")
     p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of a decoder-only LLM [assets/toy_llm]")
     p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
-    p.add_argument("--item-names", default="title", choices=["title", "random"], help="names in prompts and targets [title]")
+    p.add_argument("--item-names", default="title", metavar="title|random|FILE",
+                   help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]")
     p.add_argument("--name-tokens", type=int, default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
     p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
+    p.add_argument("--prompts", metavar="FILE", help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]")
+    p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
+    p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
     p.add_argument("--mix", type=float, nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
                    help="share of batches of each kind [.3 .5 .2]")
     args = p.parse_args(argv)
@@ -217,8 +230,9 @@ def make_config(args, dataset):
     return {"kind": "stage2", "method": args.method, "data": args.data, "llm": args.llm, "train_llm": args.train_llm,
             "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
             "num_queries": qformer_config["num_queries"], "item_names": args.item_names, "name_tokens": args.name_tokens,
-            "prompt_items": args.prompt_items, "mix": args.mix, "seed": args.seed, "steps": args.steps, "batch_size": args.batch_size,
-            "accumulate": args.accumulate, "lr": args.lr}, qformer
+            "prompt_items": args.prompt_items, "mix": args.mix, "prompts": args.prompts,
+            "full_vocabulary": args.full_vocabulary, "shuffle_cf": args.shuffle_cf, "seed": args.seed, "steps": args.steps,
+            "batch_size": args.batch_size, "accumulate": args.accumulate, "lr": args.lr}, qformer
 
 
 def main():
@@ -230,7 +244,7 @@ def main():
     model = build_ilm(config, dataset, device)
     if qformer is not None:
         model.encoder.load_state_dict(qformer.state_dict())
-        model.match_embedding_scale()
+        model.match_scale()
     trainable = [p for p in model.parameters() if p.requires_grad]
     say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
     print_parameters(model)

@@ -1,7 +1,8 @@
 """Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and has never seen an interaction.
 
-    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 12 minutes on two cores
+    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 15 minutes on two cores
     python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
+    python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k --vocab 3072 --steps 1500      # an LLM for other items
 
 It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one from its description, list
 and recommend movies *in words*. It then stays frozen for good.
@@ -15,6 +16,7 @@ the rows well-conditioned. `--probe` measures what is left of the ceiling.
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,13 +40,16 @@ END, PAD = "<|end|>", "<|pad|>"
 
 class Corpus:
     def __init__(self, items, templates, seed):
-        self.items, self.rng = items, np.random.default_rng(seed)
-        self.templates = [t for t in templates if t[1] == "seen"]  # unseen prompts stay unseen
-        self.names = list(items[0]["attributes"])
-        self.by_value = {}
-        for item in items:
+        self.items, self.rng = [item for item in items if item["attributes"]], np.random.default_rng(seed)
+        self.ranking = [t for t in templates if t[1] == "seen" and t[0] in data.RANKING_TASKS]  # unseen prompts stay unseen
+        self.questions = [t for t in templates if t[0] not in data.RANKING_TASKS]
+        self.names = sorted({name for item in self.items for name in item["attributes"]})
+        self.codes, by_value = np.full((len(self.items), len(self.names)), -1), {}          # which value an item has, -1 for none
+        for i, item in enumerate(self.items):
             for name, value in item["attributes"].items():
-                self.by_value.setdefault((name, value), []).append(item)
+                by_value.setdefault((name, value), (len(by_value), []))[1].append(item)
+                self.codes[i, self.names.index(name)] = by_value[name, value][0]
+        self.values = [(key, movies) for key, (_, movies) in by_value.items()]
 
     def pick(self, sequence):
         return sequence[self.rng.integers(len(sequence))]
@@ -55,22 +60,25 @@ class Corpus:
 
     def document(self):
         kinds = [self.fact, self.question, self.repeat, self.naming, self.listing, self.recommendation]
-        return kinds[self.rng.choice(len(kinds), p=[0.08, 0.16, 0.04, 0.06, 0.06, 0.6])]()
+        return kinds[self.rng.choice(len(kinds), p=[0.06, 0.24, 0.04, 0.06, 0.06, 0.54])]()
+
+    def told(self, item, low, high):
+        return ", ".join(f"{name} {value}" for name, value in self.some(list(item["attributes"].items()), low, high))
 
     def fact(self):
         """Titles with their descriptions or their bare attributes."""
         item = self.pick(self.items)
-        facts = [f"{name} {item['attributes'][name]}" for name in self.some(self.names, 2, 5)]
-        return item["title"] + self.pick([f": {item['text']}", f". {item['text']}", f" has {', '.join(facts)}."])
+        return item["title"] + self.pick([f": {item['text']}", f". {item['text']}", f" has {self.told(item, 2, 5)}."])
 
     def question(self):
         """The text tasks of its own prompts.txt, the movie given by its name."""
-        task, _, prompt, target = self.pick([t for t in self.templates if t[0] in (*self.names, "describe", "common")])
-        a, b = self.some(self.items, 2, 2)
-        shared = [f"{k} {v}" for k, v in a["attributes"].items() if b["attributes"][k] == v]
-        facts = {"text": a["text"], "common": ", ".join(shared) or "nothing", **a["attributes"]}
-        prompt = prompt.replace("{item}", a["title"], 1).replace("{item}", b["title"])
-        return f"{prompt} {target.format(**facts)}"
+        while True:
+            _, _, prompt, target = self.pick(self.questions)
+            a, b = self.some(self.items, 2, 2)
+            facts = data.facts_of(a, b)
+            if all(facts.get(name) for name in re.findall(r"\{(\w+)\}", target)):
+                prompt = prompt.replace("{item}", a["title"], 1).replace("{item}", b["title"]).replace("{neighbour}", b["title"])
+                return f"{prompt} {target.format(**facts)}"
 
     def repeat(self):
         """A list of titles, said twice: the LLM learns to copy a title from its context."""
@@ -79,39 +87,41 @@ class Corpus:
 
     def naming(self):
         item = self.pick(self.items)
-        facts = ", ".join(f"{name} {item['attributes'][name]}" for name in self.some(self.names, 3, 5))
-        return f"{self.pick([item['text'], facts])} Which movie is it? {item['title']}"
+        return f"{self.pick([item['text'], self.told(item, 3, 5)])} Which movie is it? {item['title']}"
 
     def listing(self):
-        (name, value), movies = self.pick(list(self.by_value.items()))
+        (name, value), movies = self.pick(self.values)
         return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
 
     def recommendation(self):
-        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words or not; history and answer
-        are drawn by how many of the tastes a movie meets. No user of the toy world is involved, nor its hidden trait, order or weights."""
-        _, _, prompt, target = self.pick([t for t in self.templates if t[0] in data.RANKING_TASKS])
-        liked = self.pick(self.items)["attributes"]
-        tastes = [(name, liked[name]) for name in self.some(self.names, 1, 5)]
-        matches = np.array([sum(m["attributes"][name] == value for name, value in tastes) for m in self.items])
-        p = np.exp(2.5 * matches)
-        chosen = self.rng.choice(len(self.items), size=int(self.rng.integers(2, 21)), replace=False, p=p / p.sum())
-        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ((), chosen[0])  # unseen ones must not use up the best
-        told = tastes if "{history}" not in prompt or self.rng.random() < 0.5 else self.some(tastes, 0, len(tastes))
-        user = f"user ({', '.join(value for _, value in told)})" if told else "user"
-        history = ", ".join(self.items[i]["title"] for i in history)
-        return f"{prompt.format(user=user, history=history)} {target.format(target=self.items[answer]['title'])}"
+        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words, by titles that meet them, or
+        not at all; history and answer are drawn by how many of the tastes a movie meets. No user of the data is involved, nor the toy
+        world's hidden trait, order or weights."""
+        _, _, prompt, target = self.pick(self.ranking)
+        liked = self.rng.integers(len(self.items))
+        tastes = self.some(np.flatnonzero(self.codes[liked] >= 0), 1, 5)
+        score = 2.5 * (self.codes[:, tastes] == self.codes[liked, tastes]).sum(1) + self.rng.gumbel(size=len(self.items))
+        chosen = (-score).argsort()[:int(self.rng.integers(6, 25))]                      # Gumbel-top-k: draws without replacement
+        known, chosen = [self.items[i] for i in self.rng.permutation(chosen)[:4]], [self.items[i] for i in chosen]
+        chosen = [item for item in chosen if item not in known]
+        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ([], chosen[0])  # unseen ones must not use up the best
+        words = [self.items[liked]["attributes"][self.names[k]] for k in tastes]
+        titles = [item["title"] for item in self.some(known, 1, 4)]
+        told = self.pick([words, words, titles] + ([[], self.some(words, 0, 5)] if history else []))
+        user = f"user ({', '.join(told)})" if told else "user"
+        return f"{prompt.format(user=user, history=', '.join(m['title'] for m in history))} {target.format(target=answer['title'])}"
 
 
 def make_tokenizer(corpus, templates, vocab_size):
-    """Byte-level BPE on the corpus; every title's first word must come out as one token."""
+    """Byte-level BPE on the corpus; every title of the toy world must begin with one token of its own (read-out ceiling)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     lines = [corpus.document() for _ in range(20000)] + [" ".join(t[2:]) for t in templates] * 50
     tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    for item in corpus.items:
-        assert len(tokenizer.encode(" " + item["title"].split()[0]).ids) == 1, f"{item['title']}: first word is not one token"
+    first = [len(tokenizer.encode(" " + item["title"].split()[0]).ids) == 1 for item in corpus.items]
+    print(f"{np.mean(first):.2f} of the titles' first words are one token")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
@@ -129,9 +139,8 @@ def batches(corpus, tokenizer, batch_size, length):
 
 def train(args):
     torch.manual_seed(args.seed)
-    tasks = (*data.RANKING_TASKS, *data.TOY_ATTRIBUTES, "describe", "common")
-    templates = [t for t in data.load_prompts(HERE / "prompts.txt") if t[0] in tasks]
-    corpus = Corpus(data.toy_world(0)["items"], templates, args.seed)
+    templates = data.load_prompts(HERE / "prompts.txt")
+    corpus = Corpus(data.load_dataset(args.data).items if args.data else data.toy_world(0)["items"], templates, args.seed)
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
@@ -187,7 +196,7 @@ def read_out(dataset, rows, train_rows, steps=400):
 
 
 def probe(args):
-    dataset = data.load_dataset(args.data)
+    dataset = data.load_dataset(args.data or "data/toy")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
     first = torch.tensor([tokenizer(" " + item["title"])["input_ids"][0] for item in dataset.items])
     rows = (model.lm_head.weight * model.model.norm.weight)[first].detach()             # the norm's gain folded into the head
@@ -200,12 +209,12 @@ def probe(args):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--probe", action="store_true", help="measure the read-out ceiling of what is in --out")
-    p.add_argument("--data", default="data/toy", help="prepared toy folder for --probe")
+    p.add_argument("--data", help="prepared folder whose items the LLM shall know [the toy world's]")
     p.add_argument("--out", default=str(HERE), help="folder to write [this one]")
     p.add_argument("--width", type=int, default=160, help="at least the number of items, or the head cannot tell them apart")
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--vocab", type=int, default=1024)
-    p.add_argument("--steps", type=int, default=2500)
+    p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--seed", type=int, default=0)

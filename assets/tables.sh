@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Makes the README's tables from nothing:   bash assets/tables.sh toy        (or ml100k, beauty; PARTS="search main" for some of the parts)
+# Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
+# Settings that differ by data set stand in `case`; everything else is the same for every method.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=$1 seeds=${SEEDS:-0 1 2 3 4} parts=${PARTS:-search main fractions queries show}
+results=assets/results/$name runs=out/$name
+mkdir -p "$results" "$runs"
+all="itc itm itg ii ui"
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept by the process: faster on CPU, same results
+log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1; echo "  took $((SECONDS - began)) s"; }
+
+case $name in
+toy)
+    llm=assets/toy_llm stage1="" stage2="--steps 300" evaluate=""
+    [ -d data/toy ] || log python data.py ;;
+ml100k)
+    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8" evaluate="--batch-size 25"
+    [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
+    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 1500 ;;
+beauty)
+    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
+    [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
+    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 1500 ;;
+esac
+evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
+
+align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
+    local tag; tag=stage1-$(echo "$1" | tr ' ' -)${3:-}-s$2
+    if [ ! -f "$results/$tag.json" ] || [ ! -f "$runs/$tag/model.safetensors" ]; then
+        log python train_stage1.py --data "data/$name" --out "$runs/$tag" --losses $1 --seed "$2" $stage1 "${@:4}" >> "$results/log.txt"
+        log python evaluate.py --run "$runs/$tag" >> "$results/log.txt"
+        cp "$runs/$tag/metrics.json" "$results/$tag.json"
+    fi
+    echo "$runs/$tag"
+}
+
+flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may end in -k8: 8 soft tokens an item
+    local k=${1##*-k}
+    case $1 in
+    ilm | ilm-shuffled) echo "--stage1 $(align "$all" "$2")" ;;
+    ilm-it) echo "--stage1 $(align "itc itm itg" "$2")" ;;
+    ilm-it-ii) echo "--stage1 $(align "itc itm itg ii" "$2")" ;;
+    ilm-it-ui) echo "--stage1 $(align "itc itm itg ui" "$2")" ;;
+    ilm-k*) echo "--stage1 $(align "$all" "$2" "-k$k" --num-queries "$k")" ;;
+    ilm-rand | mlp) echo "--method $1" ;;
+    mlp-k*) echo "--method mlp --num-queries $k" ;;
+    text) echo "--method text --train-llm --item-names random" ;;
+    text-title) echo "--method text --train-llm" ;;
+    esac
+    [ "$1" != ilm-shuffled ] || echo "--shuffle-cf"
+}
+
+search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; three are tried for each method
+    local lr best rates="1.5e-3 4e-3 1e-2"
+    [[ $1 == text* ]] && rates="3e-4 1e-3 3e-3"
+    for lr in $rates; do
+        grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
+        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/search" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
+        best=$(sed -n 's/.*best validation loss \([0-9.]*\).*/\1/p' "$runs/search.txt")
+        cat "$runs/search.txt" >> "$results/log.txt"
+        printf '%s\t%s\t%s\n' "$1" "$lr" "$best" >> "$results/search.tsv"
+    done
+}
+
+rate() {  # rate METHOD: what the search found; the stages of the ablation and the sweeps use their method's
+    local method=${1%-k*}
+    case $method in ilm-it* | ilm-shuffled) method=ilm ;; esac
+    search "$method"
+    awk -F'\t' -v m="$method" '$1 == m' "$results/search.tsv" | sort -t'	' -k3,3g | head -1 | cut -f2
+}
+
+run() {  # run METHOD SEED [evaluate flags]: train, evaluate, keep the JSON
+    local tag=$1-s$2 lr
+    [ -f "$results/$tag.json" ] && return
+    lr=$(rate "$1")
+    log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $(flags "$1" "$2") --lr "$lr" >> "$results/log.txt"
+    log python evaluate.py --run "$runs/$tag" $evaluate "${@:3}" >> "$results/log.txt"
+    cp "$runs/$tag/metrics.json" "$results/$tag.json"
+}
+
+for part in $parts; do
+    case $part in
+    search) for method in ilm ilm-rand mlp text; do search $method; done ;;
+    main)  # seed by seed, so that an interrupted table has whole seeds
+        for seed in $seeds; do
+            run ilm "$seed" --controls $([ "$seed" = 0 ] && echo --sasrec)
+            for method in ${METHODS:-ilm-rand mlp ilm-it ilm-it-ii ilm-it-ui text ilm-shuffled}; do run "$method" "$seed"; done
+        done ;;
+    fractions)  # stage 1 alone, on a part of the texts
+        for seed in 0 1 2; do for percent in 10 30 100; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
+            align "$losses" "$seed" "-f$percent" --text-fraction "$(python -c "print($percent / 100)")" > /dev/null
+        done; done; done ;;
+    queries)  # the number of soft tokens, Q-Former against MLP
+        for seed in 0 1 2; do for k in 1 2 4 8 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
+    show) python evaluate.py --table "$results"/*.json ;;
+    esac
+done
