@@ -13,7 +13,7 @@ log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1; echo "  took $((SECONDS - 
 
 case $name in
 toy)
-    llm=assets/toy_llm stage1="" stage2="--steps 300" evaluate=""
+    llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
     [ -d data/toy ] || log python data.py ;;
 ml100k)
     llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8" evaluate="--batch-size 25"
