@@ -29,10 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from assets.toy_world import toy_interactions, toy_world
+
 ML_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
              "Mystery Romance Sci-Fi Thriller War Western").split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
 RANKING_TASKS = ("sequential", "straightforward")
+SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
 class InputError(ValueError):
@@ -249,8 +252,7 @@ def als_solve(fixed, batches, num_rows, alpha, reg):
 
         (Y'Y + alpha * sum_{i in S} y_i y_i' + reg * 1) x = (1 + alpha) * sum_{i in S} y_i
 
-    Column N, the padding, is a vector of zeros; a row without interactions gets one too. One new row is the fold-in of a new user.
-    """
+    Column N, the padding, is a vector of zeros; a row without interactions gets one too. One new row is the fold-in of a new user."""
     E = fixed.shape[1]
     gram, fixed, out = fixed.T @ fixed + reg * torch.eye(E), F.pad(fixed, (0, 0, 0, 1)), torch.zeros(num_rows, E)
     for rows, columns in batches:
@@ -272,66 +274,32 @@ def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterat
     return user_cf, item_cf
 
 
-# ---- The toy world: a catalogue in which the truth is known ----------------------------------------------------------
+# ---- Names, prompts, text tasks, held-out items ----------------------------------------------------------------------
 
-TOY_ATTRIBUTES = {
-    "genre": "comedy thriller romance western mystery fantasy".split(), "mood": "tense gentle gloomy playful".split(),
-    "era": "fifties seventies nineties future".split(), "setting": "harbor desert village mountain island".split(),
-    "director": ["Ada Stone", "Ben Okoro", "Carla Ruiz", "Dov Levin", "Elsa Lind", "Farid Khan", "Greta Wolf", "Hugo Sato"],
-}
-# One word of its own for every title: a frozen LLM can only rank names that its head can tell apart (see README, read-out ceiling).
-TOY_FIRST_WORDS = """Amber Azure Bitter Blazing Borrowed Brass Broken Burning Candle Captive Cedar Cobalt Copper Coral Crimson Crooked
-Crystal Dancing Distant Double Drifting Dusty Echo Electric Ember Emerald Empty Endless Fading Falcon Feather Fearless Final First Flying
-Foggy Forgotten Frozen Gilded Glass Golden Granite Green Hidden Hollow Honest Humble Hungry Icy Indigo Iron Ivory Jade Jagged Kindred
-Lantern Last Lavender Lead Leaping Lonely Lost Lucky Lunar Marble Midnight Mirror Misty Mossy Narrow Nimble Noble Northern Oaken Obsidian
-Olive Opal Open Orange Painted Paper Patient Pearl Phantom Plain Polar Proud Purple Quiet Rapid Raven Restless Roaming Rolling Royal Ruby
-Rusty Sacred Sapphire Scarlet Secret Seventh Shallow Shining Silent Silver Sleeping Solar Southern Spiral Stolen Stormy Sudden Tangled
-Tender Thirsty Twisted Velvet Violet Wandering Wicked Winter""".split()
-TOY_SECOND_WORDS = ("Bridge Crown Letter River Garden Window Promise Road Orchard Signal Mask Clock Voyage Shadow Song Tower Circle "
-                    "Harvest Stranger Key").split()
-TOY_WEIGHTS = {"genre": 3.6, "mood": 2.2, "era": 1.8, "setting": 1.8, "director": 2.6, "hidden": 3.6}  # in nats of preference
-TOY_HIDDEN, TOY_FOLLOW, TOY_POPULARITY = 4, 1.5, 0.6
+def item_names(dataset, tokenizer, style="title", max_tokens=0):
+    """The string by which each item is named: its title, a random number from 1001 (OpenP5's random indexing), or what one of OpenP5's
+    index files says (lines `id name`).
 
+    max_tokens cuts long titles; names that the cut makes equal get a running number within the same length."""
+    if style == "random":
+        order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
+        return [f"item_{1001 + k}" for k in order]
+    if style != "title":
+        index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
+        missing = [item["id"] for item in dataset.items if item["id"] not in index]
+        if missing:
+            raise InputError(f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`")
+        return [("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip() for item in dataset.items]
+    names, length = {}, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for item in dataset.items:
+        title, count, suffix = item["title"].replace(SOFT, ""), 1, ""
+        ids, name = tokenizer(" " + title, add_special_tokens=False)["input_ids"], title
+        while not name or name in names or max_tokens and name == title and len(ids) > max_tokens:
+            name = tokenizer.decode(ids[:max(1, max_tokens - length(suffix))]).strip() + suffix
+            count, suffix = count + 1, f" {count + 1}"
+        names[name] = True
+    return list(names)
 
-def toy_world(seed=0, num_items=120):
-    """The catalogue and the laws of choice, a pure function of the world seed; no interaction is drawn here.
-
-    A user is a *type*: one favourite value of every attribute, the hidden trait included, which no text mentions.
-    log p(next = i) = sum of the weights of matching attributes + popularity_i + TOY_FOLLOW if i shares the last movie's setting,
-    over the movies not yet watched. `taste` (types, I) holds the exponential of the first two terms.
-    """
-    rng = np.random.default_rng([seed, 120])
-    sizes = [len(v) for v in TOY_ATTRIBUTES.values()] + [TOY_HIDDEN]
-    codes = np.stack([rng.permutation(np.arange(num_items) % n) for n in sizes], 1)           # (I, A), balanced
-    words, items = rng.permutation(TOY_FIRST_WORDS)[:num_items], []
-    for i in range(num_items):
-        a = {name: values[codes[i, k]] for k, (name, values) in enumerate(TOY_ATTRIBUTES.items())}
-        text = (f"A {a['mood']} {a['genre']} of the {a['era']}, set in a {a['setting']} and directed by {a['director']}." if i % 2 else
-                f"{a['director']} directed this {a['genre']} with a {a['mood']} mood, set in a {a['setting']} in the {a['era']}.")
-        items.append({"id": f"{i + 1:03d}", "title": f"{words[i]} {rng.choice(TOY_SECOND_WORDS)}",
-                      "text": re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text), "attributes": a})
-    types = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
-    matches = types[:, None] == codes                                                         # (types, I, A)
-    utility = matches @ np.array(list(TOY_WEIGHTS.values())) + rng.normal(0, TOY_POPULARITY, num_items)
-    setting = codes[:, list(TOY_ATTRIBUTES).index("setting"), None]
-    follow = np.exp(TOY_FOLLOW * (setting == setting.T))
-    return {"items": items, "taste": np.exp(utility).astype(np.float32), "follow": follow.astype(np.float32)}
-
-
-def toy_interactions(world, num_users, seed):
-    """Every user watches 16 to 40 movies, none twice -> users, items, times."""
-    rng, taste, follow = np.random.default_rng([seed, 1000]), world["taste"], world["follow"]
-    kind, length = rng.integers(len(taste), size=num_users), rng.integers(16, 41, size=num_users)
-    weight, last, rows = taste[kind].copy(), None, []
-    for step in range(length.max()):
-        now = weight if last is None else weight * follow[last]
-        last = (np.log(np.maximum(now, 1e-30)) + rng.gumbel(size=now.shape)).argmax(1)         # Gumbel-max = one softmax draw
-        weight[np.arange(num_users), last] = 0
-        rows += [(u, world["items"][last[u]]["id"], step) for u in np.flatnonzero(step < length)]
-    return tuple(np.array(column) for column in zip(*rows))
-
-
-# ---- Text tasks, held-out items, writing -----------------------------------------------------------------------------
 
 def load_prompts(path=Path(__file__).with_name("prompts.txt")):
     """Template lines `task; seen|unseen; prompt; target` (OpenP5's format, and its placeholders) -> list of 4-tuples."""

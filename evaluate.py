@@ -14,28 +14,29 @@ Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their me
 one method (--against), by a bootstrap that draws users (text: items) and seeds.
 
 References that use no text: popularity, item-kNN, MF (the dot products of the very CF vectors that the encoders read), and on the toy
-world the Bayes-optimal oracle. Retention = HR@10 of the method / HR@10 of MF: how much of the CF signal survives the frozen LLM.
-"""
+world the Bayes-optimal oracle. Retention = HR@10 of the method / HR@10 of MF: how much of the CF signal survives the frozen LLM."""
 import argparse
 import hashlib
 import json
 import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from data import RANKING_TASKS, InputError, load_dataset, run_script, toy_world
+from assets.sasrec import train_sasrec
+from assets.toy_world import toy_oracle, toy_world
+from data import RANKING_TASKS, InputError, load_dataset, run_script
 from ilm import autocast, from_pretrained, load_ilm, pick_device
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
-from train_stage2 import HISTORY, Examples, collate, load_stage1, pack
+from train_stage2 import Examples, collate, load_stage1, pack
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
@@ -54,8 +55,12 @@ def ranking_metrics(ranks):
     hits: a character a user, the rank as a hexadecimal digit, 0 if it is above 10. All metrics can be had from it again (per_user)."""
     hits = "".join(f"{int(r):x}" if r <= 10 else "0" for r in ranks)
     values = {key: per_user({"hits": hits}, key) for key in KEYS}
-    se = {key: float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else 0.0 for key, v in values.items()}
-    return {**{key: float(v.mean()) for key, v in values.items()}, "users": len(hits), "se": se, "hits": hits}
+    return {**{key: float(v.mean()) for key, v in values.items()}, "users": len(hits),
+            "se": {key: standard_error(v) for key, v in values.items()}, "hits": hits}
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def per_user(metrics, key):
@@ -86,51 +91,23 @@ def targets_and_taken(dataset, users, split, keep_history):
 
 # ---- References ------------------------------------------------------------------------------------------------------
 
-def toy_oracle(world, histories):
-    """The Bayes-optimal recommender: p(next item | history), exact, over all user types. List of index arrays -> (U, I).
-
-    posterior(type) is the product over the history of taste / (normaliser over unwatched movies), and
-    p(i) = sum_type posterior(type) taste(type, i) follow(last, i) / normaliser(type).
-    """
-    taste, follow = torch.from_numpy(world["taste"]), torch.from_numpy(world["follow"])
-    out = []
-    for chunk in (histories[k:k + 200] for k in range(0, len(histories), 200)):
-        rows, lengths = torch.arange(len(chunk)), torch.tensor([len(h) for h in chunk])
-        padded = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
-        for row, history in enumerate(chunk):
-            padded[row, :len(history)] = torch.as_tensor(history.copy())
-        log_posterior = torch.zeros(len(chunk), len(taste))
-        context = torch.ones(len(chunk), taste.shape[1])                                        # follow * unwatched, (U, I)
-        unwatched = torch.ones_like(context)
-        for step in range(padded.shape[1]):
-            active = (step < lengths).float()[:, None]
-            item = padded[:, step]
-            log_posterior += active * (taste[:, item].T.log() - (context @ taste.T).log())
-            unwatched[rows, item] *= 1 - active[:, 0]
-            context = torch.where(active > 0, follow[item] * unwatched, context)
-        posterior = log_posterior.softmax(1) / (context @ taste.T)
-        out.append((posterior @ taste) * context)
-    return torch.cat(out)
-
-
-def reference_scores(dataset, users, split):
+def reference_scores(dataset, split):
     """Yield name, score function (list of users -> (B, I)) for each recommender that needs no LLM. Fitted on the training part alone."""
     I = len(dataset.items)
-    train = {u: torch.as_tensor(dataset.items_of(u, "train").astype(np.int64)) for u in range(len(dataset.users))}
-    count = torch.bincount(torch.cat(list(train.values())), minlength=I).float()
-    histories = {u: torch.as_tensor(dataset.items_of(u, split).astype(np.int64)) for u in users}
+    users, places = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr)), np.arange(len(dataset.sequence))
+    pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, dataset.indptr[users + 1] - places > 2])  # the training part
+    count = torch.bincount(pairs[1], minlength=I).float()
     yield "popularity", lambda batch: count.expand(len(batch), I).clone()
 
-    rows = torch.cat([torch.full_like(s, u) for u, s in train.items()])
-    index = torch.unique(torch.stack([rows, torch.cat(list(train.values()))]), dim=1)      # a repeated purchase counts once
-    matrix = torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), (len(dataset.users), I), check_invariants=True).coalesce()
+    pairs = torch.unique(pairs, dim=1)  # a repeated purchase counts once
+    matrix = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (len(dataset.users), I), check_invariants=True).coalesce()
+    norm = torch.sqrt(count.clamp(min=1))[:, None]
 
     def item_knn(batch):
         """Sum over the history of the cosine between item columns (co-occurrence / sqrt of counts)."""
         history = torch.zeros(I, len(batch))
         for k, u in enumerate(batch):
-            history[histories[u], k] = 1
-        norm = torch.sqrt(count.clamp(min=1))[:, None]
+            history[dataset.items_of(u, split), k] = 1
         scores = torch.sparse.mm(matrix.t(), torch.sparse.mm(matrix, history / norm)) / norm
         return (scores - history * count[:, None] / norm**2).T                              # an item is not its own neighbour
 
@@ -138,74 +115,25 @@ def reference_scores(dataset, users, split):
     yield "mf", lambda batch: dataset.raw_cf[0][batch] @ dataset.raw_cf[1].T
     if dataset.meta["dataset"] == "toy":
         world = toy_world(dataset.meta["world_seed"])
-        columns = [int(item["id"]) - 1 for item in dataset.items]  # the world's number of each item that the data set kept
-        numbers = np.array(columns)
-        yield "oracle", lambda batch: toy_oracle(world, [numbers[dataset.items_of(u, split)] for u in batch])[:, columns]
+        numbers = np.array([int(item["id"]) - 1 for item in dataset.items])  # the world's number of each item that the data set kept
+        yield "oracle", lambda batch: toy_oracle(world, [numbers[dataset.items_of(u, split)] for u in batch])[:, numbers]
 
 
-class SASRec(nn.Module):
-    """A causal Transformer over item embeddings (Kang and McAuley 2018), trained here with the full softmax. (B, L) -> (B, L, I)."""
-
-    def __init__(self, num_items, width=64, dropout=0.3):
-        super().__init__()
-        self.items, self.positions = nn.Embedding(num_items + 1, width), nn.Embedding(HISTORY, width)  # the last item is padding
-        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.blocks, self.norm = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.items.weight, std=0.02)
-
-    def forward(self, ids):
-        L = ids.shape[1]
-        x = self.dropout(self.items(ids) * ids.new_tensor(self.norm.normalized_shape[0]).sqrt() + self.positions.weight[:L])
-        x = self.blocks(x, mask=nn.Transformer.generate_square_subsequent_mask(L), is_causal=True)  # padding stands at the right
-        return self.norm(x) @ self.items.weight[:-1].T
-
-
-def sasrec(dataset, split, keep_history, steps=2000, batch_size=128):
-    """Train SASRec -> its score function; the checkpoint with the best validation HR@10 of up to 500 users counts."""
-    torch.manual_seed(0)
-    I, rng, eligible = len(dataset.items), np.random.default_rng(0), dataset.eligible()
-    model = SASRec(I)
-    optimizer, best = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98)), (-1.0, None)
-    pad = lambda rows, length: torch.tensor([[*map(int, row)] + [I] * (length - len(row)) for row in rows])
-
-    @torch.no_grad()
-    def score(batch, split=split):
-        histories = [dataset.items_of(u, split)[-HISTORY:] for u in batch]
-        return model(pad(histories, HISTORY))[torch.arange(len(batch)), torch.tensor([len(h) - 1 for h in histories])]
-
-    for step in range(steps + 1):
-        if step % 200 == 0:
-            model.eval()
-            found = reference_ranks(dataset, eligible[:500], "valid", keep_history, lambda batch: score(batch, "valid"))
-            best = max(best, (found["HR@10"], {k: v.clone() for k, v in model.state_dict().items()}), key=lambda x: x[0])
-            model.train()
-        rows = [dataset.items_of(u, "train") for u in rng.choice(eligible, size=batch_size)]
-        rows = [row[start:start + HISTORY + 1] for row in rows for start in [int(rng.integers(max(1, len(row) - HISTORY)))]]
-        ids = pad(rows, HISTORY + 1)
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=I)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.load_state_dict(best[1])
-    model.eval()
-    return score
-
-
-def reference_ranks(dataset, users, split, keep_history, score):
+def reference_ranks(dataset, split, keep_history, users, score):
     ranks = []
-    for start in range(0, len(users), 256):
-        batch = users[start:start + 256]
+    for batch in np.array_split(users, -(-len(users) // 256)):
         targets, taken = targets_and_taken(dataset, batch, split, keep_history)
         ranks.append(target_ranks(score(batch).masked_fill(taken, -torch.inf), targets))
     return ranking_metrics(torch.cat(ranks))
 
 
-def references(dataset, users, args):
-    scores = dict(reference_scores(dataset, users, args.split))
-    if args.sasrec:
-        scores["sasrec"] = sasrec(dataset, args.split, args.keep_history)
-    return {name: reference_ranks(dataset, users, args.split, args.keep_history, score) for name, score in scores.items()}
+def references(dataset, users, split, keep_history, with_sasrec=False):
+    scores = dict(reference_scores(dataset, split))
+    if with_sasrec:
+        some, valid = dataset.eligible()[:500], (dataset, "valid", keep_history)
+        sasrec = train_sasrec(dataset, lambda score: reference_ranks(*valid, some, lambda batch: score(batch, "valid"))["HR@10"])
+        scores["sasrec"] = lambda batch: sasrec(batch, split)
+    return {name: reference_ranks(dataset, split, keep_history, users, score) for name, score in scores.items()}
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -244,8 +172,7 @@ def evaluate_text(model, examples, args, device):
     attributes = {name for item in model.dataset.items for name in item.get("attributes", {})}
     pool, losses, written = examples.tasks[args.split], {}, {}
     for task in sorted({t["task"] for t in pool}):
-        instances = [t for t in pool if t["task"] == task][:args.max_texts]
-        instances = sorted(instances, key=lambda t: len(t["target"]))
+        instances = sorted([t for t in pool if t["task"] == task][:args.max_texts], key=lambda t: len(t["target"]))
         for chunk in (instances[k:k + 64] for k in range(0, len(instances), 64)):
             batch = collate([pack([examples.text(t)]) for t in chunk])
             with autocast(device):
@@ -260,13 +187,12 @@ def evaluate_text(model, examples, args, device):
     out = {"log_ppl": mean(every), "per_task": {task: mean(rows) for task, rows in losses.items()},
            "per_item": {i: round(mean([r for r in every if r[0] == i]), 4) for i in sorted({r[0] for r in every})},
            "attribute_accuracy": {task: float(np.mean([a == b for a, b in written[task]])) for task in written if task in attributes}}
+    name, encoder = "the frozen LLM's own states", (model.llm.base_model, model.tokenizer)
     if args.sc_encoder:
-        encoder = (from_pretrained(kind, args.sc_encoder, "--sc-encoder") for kind in (AutoModel, AutoTokenizer))
-    else:
-        encoder = model.llm.base_model, model.tokenizer
-    a, b = (sentence_embeddings(*e, texts) for e in [tuple(encoder)] for texts in zip(*pairs))
-    return out | {"sc": float((a * b).sum(1).mean()), "sc_encoder": args.sc_encoder and Path(args.sc_encoder).name or "the frozen LLM's own states",
-                  "written": {task: rows[0] for task, rows in written.items()}}
+        name = Path(args.sc_encoder).name
+        encoder = [from_pretrained(auto_class, args.sc_encoder, "--sc-encoder") for auto_class in (AutoModel, AutoTokenizer)]
+    a, b = (sentence_embeddings(*encoder, texts) for texts in zip(*pairs))
+    return out | {"sc": float((a * b).sum(1).mean()), "sc_encoder": name, "written": {task: rows[0] for task, rows in written.items()}}
 
 
 def controls(model, examples, users, args, device):
@@ -320,13 +246,13 @@ def evaluate_run(run, args, device):
                                 for prompts in ("seen", "unseen")}
         if "text" in args.tasks and examples.tasks[args.split]:
             out["text"] = evaluate_text(model, examples, args, device)
-        out["references"] = references(dataset, users, args)
+        out["references"] = references(dataset, users, args.split, args.keep_history, args.sasrec)
         if args.controls and model.encoder is not None:
             out["controls"] = controls(model, examples, users, args, device)
         if "sequential" in out["rec"]:
             out["retention"] = out["rec"]["sequential"]["seen"]["HR@10"] / max(1e-9, out["references"]["mf"]["HR@10"])
     out["seconds"] = round(time.time() - began, 1)
-    write_file(Path(run) / "metrics.json", lambda f: f.write_text(json.dumps(out, indent=1)))
+    write_file(Path(run) / "metrics.json", lambda f: f.write_text(json.dumps(out)))
     return out
 
 
@@ -338,24 +264,25 @@ def test_users(dataset, limit):
 
 def commit():
     """The git commit of this checkout, or None."""
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip() or None
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
 
+def method_of(r):
+    """A method is a run's name without its -s0, -s1, ... of seeds."""
+    return re.sub(r"-s\d+$", "", Path(r["run"]).name)
+
+
 def by_method(results, pick, label=""):
-    """{method: [pick(run) of each seed]} of the runs for which pick finds something; a method is a run's name without its -s0, -s1, ..."""
+    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError."""
     out = {}
     for r in results:
-        try:
-            out.setdefault(re.sub(r"-s\d+$", "", Path(r["run"]).name) + label, []).append(pick(r))
-        except KeyError:
-            pass
-    return {name: found for name, found in out.items() if found}
+        with suppress(KeyError):
+            out[method_of(r) + label] = out.get(method_of(r) + label, []) + [pick(r)]
+    return out
 
 
 def table(title, keys, methods, against="", values=None):
@@ -364,8 +291,7 @@ def table(title, keys, methods, against="", values=None):
     if methods and keys:
         print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
     for name, found in methods.items() if keys else ():
-        last = [m[keys[-1]] for m in found]
-        error = np.std(last, ddof=1) / np.sqrt(len(last)) if len(last) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
+        error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
         line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"  ± {error:.3f} {len(found):4}"
         other = methods.get(against + name[name.find(","):] * ("," in name))
         if values and other and other is not found:
@@ -396,65 +322,12 @@ def print_tables(results, against="ilm"):
         print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
 
 
-def plot(results, folder):
-    """The README's figures (matplotlib, which nothing else needs): every one that these results can fill."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def figure(name, titles, draw):
-        fig, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.2), facecolor="white", squeeze=False)
-        drawn = [draw(ax, k) for k, ax in enumerate(axes[0])]
-        for ax, title in zip(axes[0], titles):
-            ax.set_title(title, fontsize=10)
-            if ax.get_legend_handles_labels()[0]:
-                ax.legend(fontsize=7)
-        if all(drawn):
-            fig.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
-            print(f"wrote {Path(folder) / name}.png")
-        plt.close(fig)
-
-    def queries(ax, k):
-        pick = (lambda r: r["rec"]["sequential"]["seen"]["HR@10"], lambda r: r["text"]["log_ppl"])[k]
-        for method in ("ilm", "mlp"):
-            of = lambda r: pick(r) if r["method"] == method and re.search(r"-k\d+-s\d+$", r["run"]) else {}[0]
-            found = {int(name.split("-k")[1]): values for name, values in by_method(results, of).items()}
-            x = sorted(found)
-            error = [np.std(found[q], ddof=1) / np.sqrt(len(found[q])) if len(found[q]) > 1 else 0 for q in x]
-            ax.errorbar(x, [np.mean(found[q]) for q in x], error, marker="o", label=method, capsize=3)
-        ax.set_xscale("log", base=2), ax.set_xlabel("soft tokens per item")
-        return bool(found)
-
-    def curves(key, only, xlabel):
-        def draw(ax, k):
-            found = by_method(results, lambda r: only(r) and {c["step"]: c[key[k]] for c in r["curve"] if key[k] in c} or {}[0])
-            for name, seeds in found.items():
-                x = sorted(set.intersection(*map(set, seeds)))[1:]
-                ax.plot(x, [np.mean([s[step] for s in seeds]) for step in x], marker=".", label=name)
-            ax.set_xlabel(xlabel)
-            return bool(found)
-        return draw
-
-    def similarity(ax, k):
-        r = next((r for r in results if "alignment" in r.get("stage1", {})), None)
-        if r:
-            ax.imshow(r["stage1"]["alignment"][("before", "after")[k]], cmap="viridis")
-            ax.set_xlabel("text"), ax.set_ylabel("item")
-        return bool(r)
-
-    figure("query_tokens", ["sequential HR@10 (test)", "text tasks, log perplexity (test)"], queries)
-    figure("budget", ["sequential, validation loss", "straightforward", "text"], curves(
-        ("valid_sequential", "valid_straightforward", "valid_text"), lambda r: "rec" in r and "-k" not in r["run"], "stage-2 steps"))
-    figure("stage1", ["itc, validation loss", "itg"], curves(("valid_itc", "valid_itg"), lambda r: "stage1" in r, "stage-1 steps"))
-    figure("alignment", ["before stage 1", "after stage 1"], similarity)
-
-
 def show(results, args):
     for data in dict.fromkeys(r["dataset"] for r in results):
         print(f"\n== {data}")
         print_tables([r for r in results if r["dataset"] == data], args.against)
     if args.plot:
+        from assets.figures import plot  # needs matplotlib
         plot(results, args.plot)
 
 
@@ -492,7 +365,7 @@ def main():
     device = pick_device(args.device)
     results = [evaluate_run(run, args, device) for run in runs]
     if args.json:
-        write_file(Path(args.json), lambda f: f.write_text(json.dumps(results, indent=1)))
+        write_file(Path(args.json), lambda f: f.write_text(json.dumps(results)))
     show(results, args)
 
 

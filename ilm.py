@@ -9,8 +9,7 @@ Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2
     prompt: "History of user <u><u>: Amber Key <3><3>, Jade Road <8><8>. Next:" --(embedding)--> frozen LLM -> p(next token)
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
-decoder-only checkpoint you name, and an item that occurs several times in a batch is encoded once.
-"""
+decoder-only checkpoint you name, and an item that occurs several times in a batch is encoded once."""
 import argparse
 import json
 import re
@@ -26,11 +25,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from data import InputError, load_dataset, run_script
+from data import SOFT, InputError, item_names, load_dataset, run_script
 from qformer import QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
-SOFT = "<|soft|>"     # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
 
 
@@ -52,81 +50,43 @@ def autocast(device):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-# ---- Names, and the trie that keeps ranking inside the catalogue -----------------------------------------------------
-
-def item_names(dataset, tokenizer, style="title", max_tokens=0):
-    """The string by which each item is named: its title, a random number from 1001 (OpenP5's random indexing), or what one of OpenP5's
-    index files says (lines `id name`).
-
-    max_tokens cuts long titles; names that the cut makes equal get a running number within the same length.
-    """
-    if style == "random":
-        order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
-        return [f"item_{1001 + k}" for k in order]
-    if style != "title":
-        index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
-        missing = [item["id"] for item in dataset.items if item["id"] not in index]
-        if missing:
-            raise InputError(f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`")
-        return [("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip() for item in dataset.items]
-    names, taken = [], set()
-    for item in dataset.items:
-        title = item["title"].replace(SOFT, "")
-        ids = tokenizer(" " + title, add_special_tokens=False)["input_ids"]
-        cut = lambda n: tokenizer.decode(ids[:n]).strip()
-        name, count = (title if not max_tokens or len(ids) <= max_tokens else cut(max_tokens)), 1
-        while not name or name in taken:
-            count += 1
-            suffix = f" {count}"
-            name = cut(max(1, max_tokens - len(tokenizer(suffix, add_special_tokens=False)["input_ids"]))) + suffix
-        taken.add(name)
-        names.append(name)
-    return names
-
+# ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
 
 class Trie:
     """A prefix tree over token sequences in flat arrays: node n has children first[n] .. first[n] + count[n], reached by token[.].
 
     renormalize: p is divided among a node's children, so an only child is certain and a name is decided as soon as its prefix is its
     own: the tree ends there (item[n] >= 0). Otherwise every name keeps all its tokens. Names end with an end token, so that none is
-    the prefix of another.
-    """
+    the prefix of another."""
 
     def __init__(self, names, renormalize=True):
         if len(set(map(tuple, names))) < len(names):
             raise InputError("two items have names of equal tokens; raise --name-tokens or use --item-names random")
         order = sorted(range(len(names)), key=lambda i: names[i])
-        first, count, token, item, parent = [0], [0], [-1], [-1], [-1]
-        queue = [(0, 0, len(order), 0)]  # node, its range in the sorted names, its depth
-        for node, start, end, depth in queue:
+        first, count, token, item, self.paths = [0], [0], [-1], [-1], [()] * len(names)
+        queue = [(0, 0, len(order), [])]  # node, its range in the sorted names, the tokens that lead to it and the nodes that they leave
+        for node, start, end, path in queue:
+            depth = len(path)
             if end - start == 1 and (renormalize or depth == len(names[order[start]])):
-                item[node] = order[start]
+                item[node], self.paths[order[start]] = order[start], ([t for t, _ in path], [n for _, n in path])
                 continue
             first[node] = len(token)
             while start < end:
                 stop = start
                 while stop < end and names[order[stop]][depth] == names[order[start]][depth]:
                     stop += 1
-                queue.append((len(token), start, stop, depth + 1))
+                queue.append((len(token), start, stop, [*path, (names[order[start]][depth], node)]))
                 token.append(names[order[start]][depth])
-                first.append(0), count.append(0), item.append(-1), parent.append(node)
+                first.append(0), count.append(0), item.append(-1)
                 start = stop
             count[node] = len(token) - first[node]
         self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
         self.num_items, self.renormalize = len(names), renormalize
-        self.paths = [None] * len(names)  # of each item: the tokens on the way to its leaf, and the nodes that they leave
-        for leaf in (n for n, i in enumerate(item) if i >= 0):
-            path, node = [], leaf
-            while node:
-                path.append((token[node], parent[node]))
-                node = parent[node]
-            self.paths[item[leaf]] = tuple(map(list, zip(*path[::-1])))
 
     def children(self, node):
         """All children of nodes (N,) -> which of the N is the parent (M,), the child (M,)."""
-        parent = torch.repeat_interleave(torch.arange(len(node), device=node.device), self.count[node])
-        return parent, self.first[node][parent] + torch.arange(len(parent), device=node.device) - (
-            self.count[node].cumsum(0) - self.count[node])[parent]
+        count, parent = self.count[node], torch.repeat_interleave(self.count[node])
+        return parent, (self.first[node] + count - count.cumsum(0))[parent] + torch.arange(len(parent), device=node.device)
 
     def to(self, device):
         self.first, self.count, self.token, self.item = (x.to(device) for x in (self.first, self.count, self.token, self.item))
@@ -161,8 +121,7 @@ def packed_attention(batch):
         key      u A B C | . : | . : | . :
         trunk C  x x x x   . .   . .   . .
         . : of 1 x x . .   x x   . .   . .       branch 1 left after A
-        . : of 2 x x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1
-    """
+        . : of 2 x x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1"""
     branch, position, attach = batch["branch"], batch["position"], batch["attach"]
     L = branch.shape[1]
     earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
@@ -201,12 +160,10 @@ class ILM(nn.Module):
         self.name_ids = [self.target_ids(name) for name in self.names]
         self.names_trie = Trie(self.name_ids)
         tokenizer.add_tokens([SOFT], special_tokens=True)
-        self.soft_id = tokenizer.convert_tokens_to_ids(SOFT)
-        self.zero_soft = False  # a control of evaluate.py
-        hidden = llm.get_input_embeddings().embedding_dim
-        self.adapter = None
+        self.soft_id, self.zero_soft = tokenizer.convert_tokens_to_ids(SOFT), False  # zero_soft: a control of evaluate.py
+        self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         if encoder is not None:
-            self.adapter = nn.Linear(encoder.config.width, hidden) if isinstance(encoder, QFormer) else nn.Identity()
+            self.adapter = nn.Linear(encoder.config.width, self.hidden) if isinstance(encoder, QFormer) else nn.Identity()
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -242,9 +199,8 @@ class ILM(nn.Module):
         """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
 
         The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the
-        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks).
-        """
-        items, history = list(items), list(history)
+        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks)."""
+        tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
         while True:
             entities, queue = [], list(items)
 
@@ -253,15 +209,12 @@ class ILM(nn.Module):
                 return SOFT * self.K if self.encoder is not None else ""
 
             def mention(item, named=True):
-                tokens_only = self.config["prompt_items"] == "tokens" and self.encoder is not None
                 return (self.names[item] if named and not tokens_only else "") + soft(item)
 
             def fill(match):
                 if match[1] == "user":
                     return f"user {soft(self.num_items + user) or self.dataset.users[user]}"
-                if match[1] == "history":
-                    return ", ".join(mention(int(item)) for item in history)
-                return mention(queue.pop(0), named) or "this item"
+                return (mention(queue.pop(0), named) or "this item") if match[1] == "item" else ", ".join(mention(int(i)) for i in history)
 
             text = re.sub(r"\{(user|history|item)\}", fill, template.replace(SOFT, ""))
             ids = self.tokenizer(text)["input_ids"]
@@ -329,14 +282,14 @@ class ILM(nn.Module):
     # -- inference
 
     def trie(self, renormalize=True):
-        return Trie(self.name_ids, renormalize).to(self.cf.device)
+        return self.names_trie if renormalize else Trie(self.name_ids, False).to(self.cf.device)
 
     def left_pad(self, prompts):
         """Prompts of unequal length -> ids, mask (B, L), positions: real tokens end at the right, where generation goes on."""
         L = max(map(len, prompts))
-        ids = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=self.cf.device)
-        mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=self.cf.device)
-        return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+        pad = lambda rows: torch.tensor([[0] * (L - len(row)) + row for row in rows], device=self.cf.device)
+        mask = pad([[1] * len(p) for p in prompts])
+        return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
     def rank(self, prompts, trie, beams=0, taken=None):
@@ -359,7 +312,7 @@ class ILM(nn.Module):
             total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
             user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
             # The `beams` best finished names; a prefix that is not above the last of them can only lose, and is dead
-            done = (item >= 0) & (True if taken is None else ~taken[user, item])
+            done = (item >= 0) if taken is None else (item >= 0) & ~taken[user, item]
             found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
             kept, place = best_of_each(found[0], found[2], beams)
             found, bar = [x[kept] for x in found], torch.full((B,), -torch.inf, device=device)
@@ -387,16 +340,16 @@ class ILM(nn.Module):
     def generate(self, prompts, max_new_tokens=48):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache)."""
         ids, mask, _ = self.left_pad(prompts)
+        end = self.tokenizer.eos_token_id
         out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                eos_token_id=self.tokenizer.eos_token_id,
-                                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id)
+                                eos_token_id=end, pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     @torch.no_grad()
     def export(self, path, chunk=4096):
         """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
         than `chunk` of them are in memory at a time."""
-        began, shape = time.time(), (len(self.cf), self.K, self.llm.get_input_embeddings().embedding_dim)
+        began, shape = time.time(), (len(self.cf), self.K, self.hidden)
         with open(path, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):
@@ -471,23 +424,23 @@ def load_ilm(run, device, data=None):
 
 def answer(model, text):
     """Answer one prompt with {item:ID}, {user:ID}, {history:ID,ID} in it (original ids)."""
-    item_of = {item["id"]: i for i, item in enumerate(model.dataset.items)}
-    user_of = {name: u for u, name in enumerate(model.dataset.users)}
-    items, users, history = [], [], []
+    ids = {"item": [item["id"] for item in model.dataset.items], "user": model.dataset.users}
+    known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
+    found = {"item": [], "user": [], "history": []}
 
     def resolve(match):
+        kind = "user" if match[1] == "user" else "item"
         for name in match[2].split(","):
-            table = user_of if match[1] == "user" else item_of
-            if name not in table:
-                raise InputError(f"no {'user' if match[1] == 'user' else 'item'} with the id {name!r} in {model.dataset.path}")
-            {"item": items, "user": users, "history": history}[match[1]].append(table[name])
+            if name not in known[kind]:
+                raise InputError(f"no {kind} with the id {name!r} in {model.dataset.path}")
+            found[match[1]].append(known[kind][name])
         return "{" + match[1] + "}"
 
     template = re.sub(r"\{(item|user|history):([^{}]+)\}", resolve, text)
-    if len(users) > 1 or re.search(r"\{(item|user|history)\}", text):
+    if len(found["user"]) > 1 or re.search(r"\{(item|user|history)\}", text):
         raise InputError("mention {item:ID}, {history:ID,ID} and at most one {user:ID}")
-    prompt = model.prompt_ids(template, users[0] if users else None, history, items, named=model.encoder is None)  # as in training
-    return model.generate([prompt])[0]
+    named = model.encoder is None  # as in training
+    return model.generate([model.prompt_ids(template, *found["user"] or [None], found["history"], found["item"], named)])[0]
 
 
 def main():

@@ -10,8 +10,7 @@ and user-item (UI) losses. A user is one more item: the same encoder reads user 
 
 Dimension letters, for the whole project:
     B batch   Q queries = soft tokens per item   T text tokens   M CF key tokens   D Q-Former width   E CF width
-    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users
-"""
+    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users"""
 import math
 from dataclasses import dataclass, replace
 
@@ -49,8 +48,7 @@ def attention_pattern(pattern, num_queries, text_mask):
         text  t      . . x x x              x x x x x              x x x x x
 
     separate: neither knows the other, so that their similarity is a fair question.   joint: they may compare notes.
-    causal: text is written word by word from what the queries say; queries never peek at the text they must explain.
-    """
+    causal: text is written word by word from what the queries say; queries never peek at the text they must explain."""
     (B, T), Q = text_mask.shape, num_queries
     allowed = torch.zeros(Q + T, Q + T, dtype=torch.bool, device=text_mask.device)
     allowed[:Q, :Q] = True
@@ -127,8 +125,7 @@ class CFKeys(nn.Module):
 
     An image gives BLIP-2's queries 257 patches to choose from. One CF vector as one key gives them no choice: softmax over a single
     key is 1, and cross-attention is a learned linear map added to every query alike. M projections give the queries something to
-    attend *between*.
-    """
+    attend *between*."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,8 +247,7 @@ def contrastive(logits, same, label_smoothing=0.0):
 def itc_loss(similarity, scale, same, label_smoothing=0.1):
     """Item-text contrastive: an item finds its text among the batch's, and a text its item.
 
-    (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i]. About ln B at the start.
-    """
+    (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i]. About ln B at the start."""
     logits = similarity * scale
     return (contrastive(logits, same, label_smoothing) + contrastive(logits.T, same.T, label_smoothing)) / 2
 
@@ -259,8 +255,7 @@ def itc_loss(similarity, scale, same, label_smoothing=0.1):
 def hard_negatives(similarity, same, generator=None):
     """For ITM: a confusable wrong text for every item and a wrong item for every text, drawn by softmax of the ITC logits.
 
-    (B, B) logits, same (B, B) -> two index tensors (B,). Duplicates are never drawn; a row that has nothing else draws itself.
-    """
+    (B, B) logits, same (B, B) -> two index tensors (B,). Duplicates are never drawn; a row that has nothing else draws itself."""
     B = len(similarity)
     same = same | torch.eye(B, dtype=torch.bool, device=same.device)
     draws = []
@@ -275,16 +270,14 @@ def hard_negatives(similarity, same, generator=None):
 def itm_loss(logits, labels):
     """Item-text matching: is this pair real? logits (N, 2), labels (N,) 1 or 0 -> scalar.
 
-    N = 3B: true pairs, items with a wrong text, texts with a wrong item. At the start about .69; always answering "no" gives .64.
-    """
+    N = 3B: true pairs, items with a wrong text, texts with a wrong item. At the start about .69; always answering "no" gives .64."""
     return F.cross_entropy(logits.float(), labels)
 
 
 def itg_loss(logits, targets, label_smoothing=0.1):
     """Item-grounded text generation: -log p(next token | queries, tokens so far), the mean over the real tokens of all texts.
 
-    logits (N, V), targets (N,) from next_tokens -> scalar. About ln V at the start.
-    """
+    logits (N, V), targets (N,) from next_tokens -> scalar. About ln V at the start."""
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
@@ -298,15 +291,12 @@ def ii_loss(similarity, scale, same):
     """Item-item contrastive: items that one user chose within a few steps find each other (the paper's new loss).
 
     (B, B) from pair_similarity -> scalar, both directions. About ln B at the start; if it stays there, the max over pairs has
-    collapsed: look at the logged accuracy, chance is 1 / B.
-    """
+    collapsed: look at the logged accuracy, chance is 1 / B."""
     logits = similarity * scale
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
 
 
-def ui_loss(similarity, scale, same):
-    """User-item contrastive: ii_loss with a user's CF vector on one side (row i is a user, column i an item of theirs)."""
-    return ii_loss(similarity, scale, same)
+ui_loss = ii_loss  # user-item contrastive: row i is a user, column i an item of theirs
 
 
 # ---- The losses of a batch, of which each process computes its own rows ------------------------------------------------
@@ -335,8 +325,7 @@ def gather(x, count):
 def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice(None)):
     """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars.
 
-    rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered.
-    """
+    rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered."""
     dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
     # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
     queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
@@ -356,8 +345,7 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
 def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
     """ii or ui on B pairs: CF vectors (B, E) of both sides, and what tells their items (or users, or texts) apart, (B,) each.
 
-    -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B).
-    """
+    -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B)."""
     same = (left[:, None] == left[None]) | (right[:, None] == right[None])                  # false negatives, see ii_loss
     if name == "ii":
         same |= left[:, None] == right[None]
@@ -370,12 +358,11 @@ def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
 
 # ---- Starting from BERT ----------------------------------------------------------------------------------------------
 
-BERT_LAYER = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
-              "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
-              "self_attention.norm": "attention.output.LayerNorm", "text_ffn.up": "intermediate.dense",
-              "text_ffn.down": "output.dense", "text_ffn.norm": "output.LayerNorm"}
-BERT_TOP = {"words": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings", "norm": "embeddings.LayerNorm",
-            "lm_transform": "cls.predictions.transform.dense", "lm_norm": "cls.predictions.transform.LayerNorm"}
+BERT_NAMES = (("bert.", ""), ("embeddings.word_embeddings", "words"), ("embeddings.position_embeddings", "positions"),
+              ("embeddings.LayerNorm", "norm"), ("encoder.layer", "layers"), ("attention.self", "self_attention"),
+              ("attention.output.dense", "self_attention.out"), ("attention.output.LayerNorm", "self_attention.norm"),
+              ("intermediate.dense", "text_ffn.up"), ("output.dense", "text_ffn.down"), ("output.LayerNorm", "text_ffn.norm"),
+              ("cls.predictions.transform.dense", "lm_transform"), ("cls.predictions.transform.LayerNorm", "lm_norm"))
 
 
 @torch.no_grad()
@@ -383,26 +370,22 @@ def init_from_bert(model, state):
     """Copy a BERT state dict into the text branch, and its feed-forward into the queries' as well (BLIP-2's start).
 
     The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
-    Returns two lists: the names of our parameters that were loaded, and of those that were not.
-    """
-    rename = lambda name: name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")  # old files
-    state, names = {rename(name): tensor for name, tensor in state.items()}, dict(BERT_TOP)
-    kinds = state.get("embeddings.token_type_embeddings.weight")
+    Returns two lists: the names of our parameters that were loaded, and of those that were not."""
+    renamed, loaded = {}, []
+    for name, tensor in state.items():
+        for theirs, ours in BERT_NAMES:
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    kinds = renamed.get("embeddings.token_type_embeddings.weight")
     if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
-        state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"] + kinds[0]
-    for i in range(len(model.layers)):
-        for ours, theirs in BERT_LAYER.items():
-            names[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"
-            names[f"layers.{i}.{ours.replace('text_ffn', 'query_ffn')}"] = f"encoder.layer.{i}.{theirs}"
-    loaded = []
+        renamed["positions.weight"] = renamed["positions.weight"] + kinds[0]
     for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        source = state.get(f"{names.get(module)}.{kind}")
+        source = renamed.get(name.replace("query_ffn", "text_ffn"))
         if source is None:
             continue
-        rows = min(len(source), len(parameter)) if module in ("words", "positions") else len(parameter)
+        rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight") else len(parameter)
         if source[:rows].shape != parameter[:rows].shape:
-            raise ValueError(f"{names[module]}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; "
+            raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; "
                              "set --width and --layers to BERT's")
         parameter[:rows] = source[:rows]
         loaded.append(name)

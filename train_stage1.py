@@ -10,8 +10,7 @@ Every step sums five losses, each explained where it is defined (qformer.py):
 Held-out items lend their CF vectors to ii and ui, and their texts to nothing. The best checkpoint has the lowest itc + itm + itg on
 the validation items. DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 
-The first part of this file is what both training scripts need: schedule, optimizer, run directory.
-"""
+The first part of this file is what both training scripts need: schedule, optimizer, run directory."""
 import argparse
 import inspect
 import json
@@ -25,15 +24,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from data import InputError, load_dataset, run_script
 from ilm import autocast, from_pretrained, pick_device, precision
 from qformer import QFormer, QFormerConfig, init_from_bert, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
+LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # config.json leaves them out, or has them elsewhere
 
 # ---- Shared by both stages -------------------------------------------------------------------------------------------
 
@@ -332,16 +332,6 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def read_bert(folder):
-    """The number of heads and the weights of a BERT in Hugging Face format."""
-    folder = Path(folder)
-    path = next((f for f in (folder / "model.safetensors", folder / "pytorch_model.bin") if f.is_file()), None)
-    if path is None or not (folder / "config.json").is_file():
-        raise InputError(f"--init-bert {folder}: no config.json and model.safetensors (or pytorch_model.bin) in it; give a BERT's folder")
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    return json.loads((folder / "config.json").read_text())["num_attention_heads"], state
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=2e-3)
@@ -373,9 +363,9 @@ def main():
     dataset = load_dataset(args.data)
     tokenizer_name = args.tokenizer or args.init_bert or "assets/toy_llm"
     tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, "--tokenizer")
-    heads, bert = read_bert(args.init_bert) if args.init_bert else (0, None)
+    bert = from_pretrained(AutoModelForMaskedLM, args.init_bert, "--init-bert") if args.init_bert else None
     config = QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=len(tokenizer) + 4, num_queries=args.num_queries,
-                           width=args.width, layers=args.layers, heads=heads)
+                           width=args.width, layers=args.layers, heads=bert.config.num_attention_heads if bert else 0)
     texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
@@ -388,14 +378,13 @@ def main():
     model = QFormer(config)
     if bert:
         try:
-            loaded, missing = init_from_bert(model, bert)
+            loaded, missing = init_from_bert(model, bert.state_dict())
         except ValueError as error:
             raise InputError(f"--init-bert {args.init_bert}: {error}") from None
         say(f"--init-bert {args.init_bert}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
     model.to(device)
-    run = RunDirectory(args, {"kind": "stage1", "data": args.data, "losses": args.losses, "qformer": asdict(config), "seed": args.seed,
-                              "tokenizer": tokenizer_name, "init_bert": args.init_bert, "text_fraction": args.text_fraction,
-                              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr})
+    given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
+    run = RunDirectory(args, {**given, "kind": "stage1", "tokenizer": tokenizer_name, "qformer": asdict(config)})
     if rank == 0:
         tokenizer.save_pretrained(run.path / "tokenizer")
     parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)

@@ -13,8 +13,7 @@ kinds of batches, drawn at random per micro-step, so that rows of one batch have
     sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
-The skeleton is train_stage1.py's; a diff of the two loops shows what is different.
-"""
+The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
 import argparse
 import time
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from transformers import AutoTokenizer
 from data import RANKING_TASKS, InputError, load_dataset, load_prompts
 from ilm import autocast, build_ilm, load_weights, precision, read_config
 from qformer import QFormer, QFormerConfig
-from train_stage1 import (RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
+from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
                           make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
                           start_processes, sum_over_processes)
 
@@ -49,8 +48,7 @@ def pack(examples):
     Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
     one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
     Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
-    (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target).
-    """
+    (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
     trunk = max((prompt for prompt, *_ in examples), key=len)
     shared = []
     for prompt, *_ in examples:
@@ -227,12 +225,9 @@ def make_config(args, dataset):
         given = {k: v for k, v in shape.items() if v is not None}
         qformer_config = asdict(QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given))
     qformer_config = qformer_config | {"dropout": 0.0}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
-    return {"kind": "stage2", "method": args.method, "data": args.data, "llm": args.llm, "train_llm": args.train_llm,
-            "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
-            "num_queries": qformer_config["num_queries"], "item_names": args.item_names, "name_tokens": args.name_tokens,
-            "prompt_items": args.prompt_items, "mix": args.mix, "prompts": args.prompts,
-            "full_vocabulary": args.full_vocabulary, "shuffle_cf": args.shuffle_cf, "seed": args.seed, "steps": args.steps,
-            "batch_size": args.batch_size, "accumulate": args.accumulate, "lr": args.lr}, qformer
+    given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
+    return {**given, "kind": "stage2", "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
+            "num_queries": qformer_config["num_queries"]}, qformer
 
 
 def main():

@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, files, argv, message):
 
 def test_openp5_prompt_lines_are_accepted(tmp_path):
     (tmp_path / "p.txt").write_text("sequential; seen; user_{user_id} took {history}; {target}\n")
-    assert data.load_prompts(tmp_path / "p.txt") == [("sequential", "seen", "user_{user} took {history}", "{target}")]
+    assert data.load_prompts(tmp_path / "p.txt") == [("sequential", "seen", "{user} took {history}", "{target}")]
     (tmp_path / "p.txt").write_text("sequential; seen; no target\n")
     with pytest.raises(data.InputError, match="line 1"):
         data.load_prompts(tmp_path / "p.txt")
@@ -197,3 +197,24 @@ def test_openp5_prompt_lines_are_accepted(tmp_path):
 def test_meta_counts(toy):
     meta = json.loads((toy / "meta.json").read_text())
     assert meta["users"] == 150 and meta["items"] == 120 and meta["cf"]["dim"] == 12
+
+
+def test_the_24_tasks_follow_from_the_truth(toy):
+    """Every ELM-style task is there on the toy world, in every split, and its target is made of what is true of its items."""
+    dataset = data.load_dataset(toy)
+    by_task = {}
+    for t in dataset.tasks:
+        by_task.setdefault(t["task"], []).append(t)
+    elm = [t[0] for t in data.load_prompts() if t[0] not in (*data.RANKING_TASKS, *dataset.items[0]["attributes"])]
+    elm = [t for t in dict.fromkeys(elm) if t not in ("genres", "decade", "brand", "categories")]
+    assert len(elm) == 24 and all({t["split"] for t in by_task[task]} == {"train", "valid", "test"} for task in elm)
+    near = torch.nn.functional.normalize(dataset.raw_cf[1])
+    for t in by_task["neighbour difference"][:30]:
+        a, b = t["items"]
+        pool = [i for i in dataset.items_in(t["split"]) if i != a]
+        assert b == max(pool, key=lambda i: float(near[i] @ near[a]))
+        mine, other = (dataset.items[i]["attributes"] for i in (a, b))
+        assert t["target"] == (", ".join(f"{k} {other[k]}" for k in mine if mine[k] != other[k]) or "nothing")
+    a, b = ({"text": "", "attributes": {"genre": g, "mood": "tense"}} for g in ("comedy", "western"))
+    assert data.facts_of(a, b) | {"text": 0} == {"text": 0, "facts": "comedy, tense", "genre": "comedy", "mood": "tense", "kind": "comedy",
+                                                 "common": "mood tense", "differ": "genre western", "between": "comedy or western, tense"}

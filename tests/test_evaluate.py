@@ -26,6 +26,57 @@ def test_metrics_by_hand():
     assert m["se"]["HR@5"] == pytest.approx(math.sqrt(4 / 3 * 0.25) / 2)
 
 
+def test_hits_hold_all_that_the_metrics_need():
+    m = evaluate.ranking_metrics(torch.tensor([1, 10, 11, 200, 4]))
+    assert m["hits"] == "1a004"
+    assert evaluate.per_user(m, "HR@5").tolist() == [1, 0, 0, 0, 1]
+    assert evaluate.per_user(m, "NDCG@10").mean() == pytest.approx(m["NDCG@10"])
+
+
+def test_the_bootstrap_knows_a_difference_from_noise():
+    rng = np.random.default_rng(1)
+    users = rng.random((1, 400))
+    a, b, c = users + rng.normal(0, 0.1, (3, 400)), users + rng.normal(0, 0.1, (3, 400)), users + 0.05 + rng.normal(0, 0.1, (3, 400))
+    assert evaluate.bootstrap(a, c) < 0.01 and evaluate.bootstrap(a, b) > 0.05 and evaluate.bootstrap(a, a) == 1
+    few = [evaluate.bootstrap(rng.random((3, 50)), rng.random((3, 50)), 200) for _ in range(100)]
+    assert sum(p < 0.05 for p in few) <= 15  # 5 are to be expected
+
+
+def test_seeds_of_a_method_are_one_line(capsys):
+    m = lambda hits: {**evaluate.ranking_metrics([1 if h else 99 for h in hits]), "written": {}}
+    runs = [{"run": f"out/{name}", "rec": {"sequential": {"seen": m(h), "unseen": m(h)}}, "references": {"mf": m([1, 0, 0, 0])},
+             "retention": 1.0, "split": "test", "filtered": True, "device": "cpu", "commit": "c"}
+            for name, h in (("ilm-s0", [1, 1, 1, 0]), ("ilm-s1", [1, 1, 0, 0]), ("mlp-s0", [0, 0, 0, 1]))]
+    evaluate.print_tables(runs)
+    lines = {line.split("  ")[1].strip(): line.split() for line in capsys.readouterr().out.splitlines() if "prompts" in line or " mf " in line}
+    assert lines["ilm, seen prompts"][-4:] == ["0.625", "±", "0.125", "2"] and lines["mf"][-1] == "1"
+    assert float(lines["mlp, seen prompts"][-1]) < 1
+
+
+def test_sasrec_learns_what_follows_what():
+    from assets.sasrec import train_sasrec
+    class Cycle:  # item k is followed by item k + 1
+        items = range(12)
+        eligible = lambda self: np.arange(40)
+        items_of = lambda self, u, split: (np.arange(9) + u) % 12
+    score = train_sasrec(Cycle(), lambda score: (score(range(12), "test").argmax(1) == (torch.arange(12) + 9) % 12).float().mean().item(), 1000)
+    found = score(range(12), "test").argmax(1).tolist()
+    assert sum(i == (u + 9) % 12 for u, i in enumerate(found)) >= 11  # chance: 1
+
+
+def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
+    model = make_ilm()
+    texts = ["a tense western", "comedy", "It is from the seventies."]
+    together = evaluate.sentence_embeddings(model.llm.base_model, model.tokenizer, texts)
+    alone = torch.cat([evaluate.sentence_embeddings(model.llm.base_model, model.tokenizer, [t]) for t in texts])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+
+
+def test_the_tables_script_is_shell():
+    assert subprocess.run(["bash", "-n", str(ROOT / "assets" / "tables.sh")]).returncode == 0
+
+
 def test_a_score_that_is_not_a_number_is_no_hit():
     scores = torch.tensor([[0.0, math.nan, 1.0], [2.0, math.nan, 1.0]])
     assert evaluate.target_ranks(scores, torch.tensor([1, 0])).tolist() == [3, 2]
@@ -65,7 +116,7 @@ def test_the_oracle_is_bayes_rule_by_enumeration():
 def test_references_by_definition(toy):
     dataset = data.load_dataset(toy)
     users = dataset.eligible()[:9]
-    scores = {name: score(users) for name, score in evaluate.reference_scores(dataset, users, "test")}
+    scores = {name: score(users) for name, score in evaluate.reference_scores(dataset, "test")}
     X = torch.zeros(150, 120)
     for u in range(150):
         X[u, torch.as_tensor(dataset.items_of(u, "train").astype(int))] = 1
@@ -92,13 +143,17 @@ def test_from_nothing_to_the_table(tmp_path):
     script("data.py", "--max-users", "60")
     script("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
     script("train_stage2.py", "--steps", "3", "--batch-size", "2")
-    out = script("evaluate.py", "--controls", "--json", "all.json")
-    for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "control: shuffled_cf", "retention",
-                 "item-to-text R@1", "log perplexity"):
+    out = script("evaluate.py", "--controls", "--sasrec", "--json", "all.json")
+    for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",
+                 "stage 1, held-out items", "log_ppl", "sasrec"):
         assert word in out, out
     results = json.loads((tmp_path / "all.json").read_text())
     assert [r["kind"] for r in results] == ["stage2", "stage1"]
     assert results[0] == json.loads((tmp_path / "out/toy/ilm/metrics.json").read_text())
+    assert results[0]["text"]["sc"] <= 1 and len(results[0]["curve"]) == 4
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    again = script("evaluate.py", "--table", "all.json", "--plot", "figures")
+    assert again in out and (tmp_path / "figures/alignment.png").is_file() and (tmp_path / "figures/stage1.png").is_file()
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
     assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
     assert script("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()

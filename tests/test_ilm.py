@@ -36,7 +36,7 @@ def test_soft_tokens_follow_the_names(make_ilm, method):
     K = model.K if method != "text" else 0
     assert slots == [e * model.K + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
     words = model.tokenizer.decode([i for i in ids if i < SOFT_BASE])
-    user = "user ()" if K else f"user ({model.dataset.users[7]})"
+    user = "user " if K else f"user {model.dataset.users[7]}"
     assert words == f"{model.names[3]}, {model.names[5]} and {model.names[4]} of {user}:"
 
 
@@ -79,9 +79,10 @@ def test_cut_names_stay_unique_and_short(make_ilm):
 
 
 @pytest.mark.parametrize("method", ["ilm-rand", "mlp"])
-def test_soft_tokens_start_as_loud_as_words(make_ilm, method):
+def test_soft_tokens_start_as_loud_as_the_middle_layers(make_ilm, method):
     model = make_ilm(method)
-    words = model.llm.get_input_embeddings().weight.pow(2).mean().sqrt()
+    out = model.llm(torch.tensor([model.tokenizer(" and ".join(model.names))["input_ids"]]), output_hidden_states=True)
+    words = out.hidden_states[1].pow(2).mean(-1).sqrt().median()
     soft = model.soft_tokens(torch.arange(model.num_items)).pow(2).mean().sqrt()
     assert 0.8 < soft / words < 1.25
 
@@ -178,6 +179,7 @@ def tangled(make_ilm):
     model.names = [f"{words[i % 5]} {words[i // 5 % 5]} {words[i // 25]}" for i in range(120)]
     model.names[7] = "Amber Jade"
     model.name_ids = [model.target_ids(name) for name in model.names]
+    model.names_trie = ilm.Trie(model.name_ids)
     return model
 
 
@@ -190,6 +192,41 @@ def test_exact_ranking_is_brute_force(tangled, renormalize):
     torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
     if renormalize:
         torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
+
+
+def test_the_training_loss_of_a_name_is_its_ranking_score(tangled):
+    """p divided among the names of the catalogue, and no token after a name is decided."""
+    prompts, paths = prompts_of(tangled), tangled.names_trie.paths
+    with torch.no_grad():
+        batch = collate([pack([(prompt, *paths[i]) for i in range(120)]) for prompt in prompts])
+        nll, row = tangled(batch)[1], (batch["label"] >= 0).nonzero()
+    scores = torch.zeros(3, 121).index_put((row[:, 0], batch["branch"][row[:, 0], row[:, 1]]), -nll, accumulate=True)[:, 1:]
+    torch.testing.assert_close(scores, tangled.rank(prompts, tangled.trie()), atol=1e-4, rtol=1e-4)
+    assert len(paths[8][0]) == 3 and len(paths[7][0]) == 3 and paths[7][0][-1] == tangled.tokenizer.eos_token_id  # 7 is a prefix of others
+
+
+def test_shuffled_vectors_are_those_of_others(make_ilm):
+    a, b = make_ilm(), make_ilm(shuffle_cf=True)
+    I = a.num_items
+    for part in (slice(0, I), slice(I, None)):
+        assert not torch.equal(a.cf[part], b.cf[part])
+        torch.testing.assert_close(a.cf[part].sort(0)[0], b.cf[part].sort(0)[0])
+
+
+def test_openp5s_prompt_and_index_files_load_as_they_are(make_ilm, tmp_path):
+    prompts, index = tmp_path / "prompt.txt", tmp_path / "item_index.txt"
+    lines = [f"{task}; {seen}; Considering {{dataset}} user_{{user_id}} has interacted with {{dataset}} items {{history}} . What next ?; "
+             "{dataset} {target}" for task in data.RANKING_TASKS for seen in ("seen", "unseen")]
+    prompts.write_text("\n".join(lines))
+    model = make_ilm("text")
+    index.write_text("".join(f"{item['id']} {2000 + i}\n" for i, item in enumerate(model.dataset.items)))
+    model = make_ilm("text", prompts=str(prompts), item_names=str(index))
+    examples = Examples(model, model.dataset)
+    ids = examples.ranking("sequential", 5, [3, 4], examples.templates["sequential", "seen"][0])
+    assert model.tokenizer.decode(ids) == ("Considering toy user 5 has interacted with toy items item_2003, item_2004 . What next ? toy")
+    index.write_text("001 7\n")
+    with pytest.raises(data.InputError, match="no line for 119 items, the first is 002"):
+        make_ilm("text", item_names=str(index))
 
 
 def test_beam_search_finds_the_exact_top(tangled, make_ilm):

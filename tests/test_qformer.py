@@ -218,8 +218,7 @@ def test_init_from_bert_makes_the_text_branch_bert(batch):
     bert = BertModel(BertConfig(vocab_size=V - 4, hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * D,
                                 max_position_embeddings=20)).eval()
     model, ids = QFormer(CONFIG).eval(), ids % (V - 4)
-    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    loaded, missing = qformer.init_from_bert(model, {"bert." + old(k): v for k, v in bert.state_dict().items()})
+    loaded, missing = qformer.init_from_bert(model, {"bert." + k: v for k, v in bert.state_dict().items()})
     ours, theirs = model(None, ids, mask)[1], bert(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
     assert torch.equal(model.layers[1].query_ffn.up.weight, model.layers[1].text_ffn.up.weight)

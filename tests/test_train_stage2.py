@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_ilm import log_p
 
 import train_stage1
 import train_stage2
@@ -26,11 +25,13 @@ def test_every_position_of_a_window_is_a_target(make_ilm):
     model = make_ilm("text")
     examples = Examples(model, model.dataset)
     row = examples.sequential_row(4, "{history}. Next:", np.random.default_rng(0))
-    ends = sum(label == model.tokenizer.eos_token_id for label in row["label"])
-    assert ends == min(20, len(examples.sequences[4]) - 1)
+    decided = sum(label in {path[0][-1] for path in model.names_trie.paths} for label in row["label"])
+    assert decided == max(row["branch"]) == min(20, len(examples.sequences[4]) - 1)
     held_out = {model.dataset.target(4, "valid"), model.dataset.target(4, "test")}
     written = model.tokenizer.decode([i for i in row["ids"] + row["label"] if i >= 0])
     assert not any(model.names[i] in written for i in held_out)
+    whole = Examples(make_ilm("text", full_vocabulary=True), model.dataset).sequential_row(4, "{history}. Next:", np.random.default_rng(0))
+    assert sum(label == model.tokenizer.eos_token_id for label in whole["label"]) == decided
 
 
 def test_batches_are_a_function_of_seed_and_step(make_ilm):
@@ -66,7 +67,7 @@ def test_validation_loss_takes_the_history_out(make_ilm):
             history, target = model.dataset.items_of(u, "valid"), model.dataset.target(u, "valid")
             prompt = examples.ranking(task, u, history, examples.templates[task, "seen"][k])
             with torch.no_grad():
-                p = [log_p(model, prompt, model.name_ids[i]).double().sum().exp().item() for i in (target, *history)]
+                p = model.rank([prompt], model.trie())[0, torch.tensor([target, *history])].double().exp().tolist()
             wanted.append(-np.log(p[0] / (1 - sum(p[1:]))))
         assert losses[task] == pytest.approx(np.mean(wanted), abs=1e-3)
 
