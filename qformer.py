@@ -354,39 +354,3 @@ def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
     similarity = pair_similarity(*(gather(x, len(same)) for x in features))
     hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
     return {"ii": ii_loss, "ui": ui_loss}[name](similarity, model.scale(), same), hit.float().mean()
-
-
-# ---- Starting from BERT ----------------------------------------------------------------------------------------------
-
-BERT_NAMES = (("bert.", ""), ("embeddings.word_embeddings", "words"), ("embeddings.position_embeddings", "positions"),
-              ("embeddings.LayerNorm", "norm"), ("encoder.layer", "layers"), ("attention.self", "self_attention"),
-              ("attention.output.dense", "self_attention.out"), ("attention.output.LayerNorm", "self_attention.norm"),
-              ("intermediate.dense", "text_ffn.up"), ("output.dense", "text_ffn.down"), ("output.LayerNorm", "text_ffn.norm"),
-              ("cls.predictions.transform.dense", "lm_transform"), ("cls.predictions.transform.LayerNorm", "lm_norm"))
-
-
-@torch.no_grad()
-def init_from_bert(model, state):
-    """Copy a BERT state dict into the text branch, and its feed-forward into the queries' as well (BLIP-2's start).
-
-    The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
-    Returns two lists: the names of our parameters that were loaded, and of those that were not."""
-    renamed, loaded = {}, []
-    for name, tensor in state.items():
-        for theirs, ours in BERT_NAMES:
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    kinds = renamed.get("embeddings.token_type_embeddings.weight")
-    if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
-        renamed["positions.weight"] = renamed["positions.weight"] + kinds[0]
-    for name, parameter in model.named_parameters():
-        source = renamed.get(name.replace("query_ffn", "text_ffn"))
-        if source is None:
-            continue
-        rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight") else len(parameter)
-        if source[:rows].shape != parameter[:rows].shape:
-            raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; "
-                             "set --width and --layers to BERT's")
-        parameter[:rows] = source[:rows]
-        loaded.append(name)
-    return loaded, [name for name, _ in model.named_parameters() if name not in loaded]

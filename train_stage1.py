@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from assets.bert import init_from_bert
 from data import InputError, load_dataset, run_script
 from ilm import autocast, from_pretrained, pick_device, precision
-from qformer import QFormer, QFormerConfig, init_from_bert, item_text_losses, item_text_similarity, pair_loss
+from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
 LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # config.json leaves them out, or has them elsewhere

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Blip2QFormerConfig, Blip2QFormerModel
 
 import qformer
+from assets.bert import init_from_bert
 from qformer import QFormer, QFormerConfig
 
 B, Q, T, M, D, E, V = 5, 3, 7, 2, 24, 11, 31
@@ -218,14 +219,14 @@ def test_init_from_bert_makes_the_text_branch_bert(batch):
     bert = BertModel(BertConfig(vocab_size=V - 4, hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * D,
                                 max_position_embeddings=20)).eval()
     model, ids = QFormer(CONFIG).eval(), ids % (V - 4)
-    loaded, missing = qformer.init_from_bert(model, {"bert." + k: v for k, v in bert.state_dict().items()})
+    loaded, missing = init_from_bert(model, {"bert." + k: v for k, v in bert.state_dict().items()})
     ours, theirs = model(None, ids, mask)[1], bert(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
     assert torch.equal(model.layers[1].query_ffn.up.weight, model.layers[1].text_ffn.up.weight)
     assert "layers.0.cross_attention.query.weight" in missing and "queries" in missing and "layers.3.query_ffn.down.bias" in loaded
     assert sorted(loaded + missing) == sorted(n for n, _ in model.named_parameters())
     with pytest.raises(ValueError, match="set --width"):
-        qformer.init_from_bert(QFormer(QFormerConfig(cf_dim=E, vocab_size=V, width=32)), bert.state_dict())
+        init_from_bert(QFormer(QFormerConfig(cf_dim=E, vocab_size=V, width=32)), bert.state_dict())
 
 
 def test_stage_2_freezes_what_encode_does_not_touch(model, batch):
