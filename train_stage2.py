@@ -203,6 +203,7 @@ def parse_args(argv=None):
     p.add_argument("--prompts", metavar="FILE", help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]")
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
     p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
+    p.add_argument("--valid-users", type=int, default=128, help="users of each validation [128]")
     p.add_argument("--mix", type=float, nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
                    help="share of batches of each kind [.3 .5 .2]")
     args = p.parse_args(argv)
@@ -245,7 +246,7 @@ def main():
     print_parameters(model)
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
-    held_out = examples.held_out("valid", limit=128, size=2 * args.batch_size)
+    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
     shares[2] *= bool(examples.tasks["train"])
     if not trainable:

@@ -16,11 +16,11 @@ toy)
     llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
     [ -d data/toy ] || log python data.py ;;
 ml100k)
-    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8" evaluate="--batch-size 25"
+    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25"
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 1500 ;;
 beauty)
-    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
+    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 1500 ;;
 esac
