@@ -25,7 +25,7 @@ class QFormerConfig:
     cf_dim: int              # E
     vocab_size: int          # V of the text branch
     num_queries: int = 4     # Q. BLIP-2 has 32; the paper's curve is best at a few
-    width: int = 64          # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
+    width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
     layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
     heads: int = 0           # H; 0 stands for width // 32
     cf_tokens: int = 4       # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys

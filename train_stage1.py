@@ -53,7 +53,7 @@ def add_training_args(p, out, steps, batch_size, lr):
 def add_qformer_args(p, **defaults):
     p.add_argument("--num-queries", type=int, default=defaults["num_queries"], help="Q, soft tokens per item [4]")
     p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [2]")
-    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [64]")
+    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [128]")
 
 
 def set_learning_rate(optimizer, step, steps, peak):
@@ -335,8 +335,8 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=2e-3)
-    add_qformer_args(p, num_queries=4, layers=2, width=64)
+    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=1e-3)
+    add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")

@@ -189,7 +189,7 @@ def load_stage1(run, dataset, device):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=4e-3)
+    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=2e-3)
     add_qformer_args(p, num_queries=None, layers=None, width=None)
     p.add_argument("--accumulate", type=int, default=2, help="micro-batches a step, each of one kind; averaged by target tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
