@@ -230,8 +230,9 @@ def item_text_similarity(query_features, text_features):
 
 
 def pair_similarity(a, b):
-    """(B, Q, P), (B, Q, P) -> (B, B): the best of the Q x Q pairs of queries. DEVIATION: the paper does not say how it pools."""
-    return torch.einsum("iqp,jkp->ijqk", a, b).amax((2, 3))
+    """(B, Q, P), (B, Q, P) -> (B, B): the mean over the queries, each with its like. DEVIATION: the paper does not say how it pools; the
+    best of all pairs (as in ITC) trains one query and lets the others forget the CF vector, from which stage 2 then has to start."""
+    return torch.einsum("iqp,jqp->ij", a, b) / a.shape[1]
 
 
 def contrastive(logits, same, label_smoothing=0.0):
@@ -290,7 +291,7 @@ def next_tokens(text_states, text_ids, text_mask):
 def ii_loss(similarity, scale, same):
     """Item-item contrastive: items that one user chose within a few steps find each other (the paper's new loss).
 
-    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start; if it stays there, the max over pairs has
+    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start; if it stays there, the queries have
     collapsed: look at the logged accuracy, chance is 1 / B."""
     logits = similarity * scale
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2

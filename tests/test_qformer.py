@@ -155,11 +155,11 @@ def test_itc_by_hand():
     assert qformer.itc_loss(similarity, 1.0, no_duplicates(2), 0.1).item() == pytest.approx(smooth.item())
 
 
-def test_similarity_is_the_best_query():
+def test_similarity_is_the_best_query_or_the_mean_of_all():
     q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])   # (2, Q 2, P 2)
     t = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     torch.testing.assert_close(qformer.item_text_similarity(q, t), torch.tensor([[1.0, 1.0], [0.8, 0.6]]))
-    torch.testing.assert_close(qformer.pair_similarity(q, q), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+    torch.testing.assert_close(qformer.pair_similarity(q, q), torch.tensor([[1.0, -0.1], [-0.1, 1.0]]))
 
 
 def test_duplicates_are_no_negatives():
