@@ -16,13 +16,14 @@ class SASRec(nn.Module):
         layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
         self.blocks, self.norm = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.items.weight.data[:-1], std=width**-0.5)
+        nn.init.normal_(self.items.weight.data[:-1], std=0.02)
 
     def forward(self, ids):
         L, pad = ids.shape[1], self.items.padding_idx
         place = torch.arange(L) + HISTORY - (ids != pad).sum(1, keepdim=True)  # counted from the end: the last item's place is the same
         causal = nn.Transformer.generate_square_subsequent_mask(L)             # padding stands at the right, where nobody looks
-        x = self.blocks(self.dropout(self.items(ids) + self.positions(place.clamp(max=HISTORY - 1))), causal, is_causal=True)
+        x = self.items(ids) * self.items.embedding_dim**0.5 + self.positions(place.clamp(max=HISTORY - 1))
+        x = self.blocks(self.dropout(x), causal, is_causal=True)
         return self.norm(x) @ self.items.weight[:pad].T
 
 
