@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from assets import figures
 from assets.sasrec import train_sasrec
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, InputError, load_dataset, run_script
@@ -184,8 +185,9 @@ def evaluate_text(model, examples, args, device):
         written[task] = list(zip(model.generate([examples.text(t)[0] for t in few], 32), (t["target"] for t in few)))
     mean = lambda rows: sum(r[1] for r in rows) / max(1, sum(r[2] for r in rows))
     every, pairs = sum(losses.values(), []), sum(written.values(), [])
+    per_item = {i: round(mean([r for r in every if r[0] == i]), 4) for i in sorted({r[0] for r in every})}
     out = {"log_ppl": mean(every), "per_task": {task: mean(rows) for task, rows in losses.items()},
-           "per_item": {i: round(mean([r for r in every if r[0] == i]), 4) for i in sorted({r[0] for r in every})},
+           "per_item": per_item, "se": {"log_ppl": standard_error(list(per_item.values()))},
            "attribute_accuracy": {task: float(np.mean([a == b for a, b in written[task]])) for task in written if task in attributes}}
     name, encoder = "the frozen LLM's own states", (model.llm.base_model, model.tokenizer)
     if args.sc_encoder:
@@ -258,8 +260,7 @@ def evaluate_run(run, args, device):
 
 def test_users(dataset, limit):
     """All eligible users, or a sample of them, fixed by a hash of their ids."""
-    users = dataset.eligible()
-    return np.sort(sorted(users, key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest())[:limit or None])
+    return np.sort(sorted(dataset.eligible(), key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest())[:limit or None])
 
 
 def commit():
@@ -292,7 +293,8 @@ def table(title, keys, methods, against="", values=None):
         print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
     for name, found in methods.items() if keys else ():
         error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
-        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"  ± {error:.3f} {len(found):4}"
+        error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
+        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
         other = methods.get(against + name[name.find(","):] * ("," in name))
         if values and other and other is not found:
             line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
@@ -316,8 +318,8 @@ def print_tables(results, against="ilm"):
     table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
     table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
         **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
-    r = results[0]
-    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {r['commit']}")
+    r, commits = results[0], ", ".join(sorted({str(r["commit"]) for r in results}))
+    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {commits}")
     for name, found in by_method(results, lambda r: r["retention"]).items():
         print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
 
@@ -327,8 +329,7 @@ def show(results, args):
         print(f"\n== {data}")
         print_tables([r for r in results if r["dataset"] == data], args.against)
     if args.plot:
-        from assets.figures import plot  # needs matplotlib
-        plot(results, args.plot)
+        figures.plot(results, args.plot)
 
 
 def main():

@@ -85,8 +85,7 @@ class Examples:
                           for task in RANKING_TASKS for prompts in ("seen", "unseen")}
         if not all(self.templates.values()):
             raise InputError(f"--prompts {model.config.get('prompts')}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
-        whole = model.config.get("full_vocabulary")  # name(i): what pack takes for a target
-        self.name = (lambda i: (model.name_ids[i],)) if whole else (lambda i: model.names_trie.paths[i])
+        self.name = (lambda i: (model.name_ids[i],)) if model.config.get("full_vocabulary") else (lambda i: model.names_trie.paths[i])
         self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
         self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}
         self.users = np.array([u for u, s in self.sequences.items() if len(s) >= 2])

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-RANKING_TASKS = ("sequential", "straightforward")
+from data import RANKING_TASKS, InputError
 
 
 def plot(results, folder):
     """Draw every figure for which there are results."""
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     from evaluate import method_of, standard_error
     Path(folder).mkdir(parents=True, exist_ok=True)
 
