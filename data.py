@@ -223,9 +223,9 @@ def unique_titles(items):
 def k_core(users, items, min_count):
     """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
     frequent = lambda codes, keep: np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
-    keep, before = np.ones(len(users), dtype=bool), -1
-    while keep.sum() != before:
-        before, keep = keep.sum(), keep & frequent(users, keep) & frequent(items, keep)
+    keep = np.ones(len(users), dtype=bool)
+    while (fewer := keep & frequent(users, keep) & frequent(items, keep)).sum() < keep.sum():
+        keep = fewer
     return keep
 
 
@@ -340,22 +340,22 @@ def facts_of(item, other=None):
 
 def text_tasks(items, splits, templates, item_cf, seed, limit=5000):
     """Fill each text template for every item (of `limit` a split) that has what its target names. A second {item} is any other of
-    the same split, {neighbour} the one whose CF vector has the highest cosine. A prompt never holds a title: what the answer needs
-    has to come through the CF vectors."""
+    the same split, {neighbour} the one whose CF vector has the highest cosine. A prompt never holds a title, only soft tokens."""
     rng, tasks, unit = np.random.default_rng([seed, 24]), [], F.normalize(item_cf).numpy()
     pools = {s: np.array([i for i, x in enumerate(splits) if x == s and items[i]["text"]], dtype=int) for s in ("train", "valid", "test")}
     pools = {s: np.sort(rng.permutation(pool)[:limit]) for s, pool in pools.items()}
     for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
+        filled = prompt.replace("{neighbour}", "{item}")
         for split, pool in pools.items():
             for i in pool.tolist():
                 others, chosen = pool[pool != i], [i]
                 if "{neighbour}" in prompt:
                     chosen += others[(unit[others] @ unit[i]).argsort()[-1:]].tolist()
-                elif prompt.count("{item}") == 2:
+                elif filled.count("{item}") == 2:
                     chosen += rng.permutation(others)[:1].tolist()
                 facts = facts_of(*(items[k] for k in chosen))
-                if all(facts.get(name) for name in re.findall(r"\{(\w+)\}", target)):
-                    tasks.append({"task": task, "split": split, "prompt": prompt.replace("{neighbour}", "{item}"),
+                if len(chosen) == filled.count("{item}") and all(facts.get(x) for x in re.findall(r"\{(\w+)\}", target)):
+                    tasks.append({"task": task, "split": split, "prompt": filled,
                                   "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
     return tasks
 

@@ -1,6 +1,6 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about 4 minutes
+    python train_stage2.py                                                 # ILM on the toy world, CPU: about 3 minutes
     python train_stage2.py --method mlp --out out/toy/mlp                  # CoLLM's two-layer MLP in place of the Q-Former
     python train_stage2.py --method ilm-rand --out out/toy/ilm-rand        # a Q-Former that skipped stage 1
     python train_stage2.py --method text --train-llm --out out/toy/text    # OpenP5's way: names only, the LLM itself is trained

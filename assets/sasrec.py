@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-HISTORY = 20  # as for the LLM
+from train_stage2 import HISTORY
 
 
 class SASRec(nn.Module):

@@ -1,6 +1,6 @@
 """Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and has never seen an interaction.
 
-    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 15 minutes on two cores
+    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 12 minutes on two cores
     python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
     python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k --vocab 3072 --steps 1500      # an LLM for other items
 
