@@ -179,7 +179,7 @@ class ILM(nn.Module):
     def match_scale(self):
         """Soft tokens start as loud as the LLM's own states half way up its layers (17 times the embeddings in the toy LLM): so the layers
         pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them. Validation loss of the
-        next item, toy world, width 64, one seed: 4.15 at 4 times the embeddings, 3.96 at 10, 3.88 at 30, 3.89 at 100; texts .40 .30 .25 .36.
+        next item, toy world, width 64, one seed: 4.15 at 4 times these, 3.96 at 10, 3.88 at 30, 3.89 at 100; texts .40 .30 .25 .36.
         A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:256]], device=self.cf.device)
         states = self.llm.base_model(ids, output_hidden_states=True).hidden_states
