@@ -262,13 +262,6 @@ def als_solve(fixed, batches, num_rows, alpha, reg):
     return out
 
 
-def fold_in(fixed, sequence, alpha=2.0, reg=1.0):
-    """The vectors that als_solve gives a user after each of their items: fixed (N, E), indices (n,) -> (n, E), row k from the first k + 1."""
-    Y = fixed[torch.as_tensor(sequence).long()]
-    A = fixed.T @ fixed + reg * torch.eye(fixed.shape[1]) + alpha * (Y[:, :, None] * Y[:, None]).cumsum(0)
-    return torch.linalg.solve(A, (1 + alpha) * Y.cumsum(0))
-
-
 def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
     """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)

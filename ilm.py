@@ -234,16 +234,12 @@ class ILM(nn.Module):
 
     # -- forward
 
-    def soft_tokens(self, entities, extra=None):
-        """Indices of items and users (N,) -> their soft tokens (N, K, hidden). extra (n, E): vectors of entities I + U, I + U + 1, ..."""
-        known = entities < len(self.cf)
-        cf = self.cf[entities * known]
-        if extra is not None:
-            cf[~known] = extra[entities[~known] - len(self.cf)]
-        tokens = self.adapter(self.encoder.encode(cf)) * self.soft_scale
+    def soft_tokens(self, entities):
+        """Indices of items and users (N,) -> their soft tokens (N, K, hidden)."""
+        tokens = self.adapter(self.encoder.encode(self.cf[entities])) * self.soft_scale
         return tokens * 0 if self.zero_soft else tokens
 
-    def embed(self, ids, extra=None):
+    def embed(self, ids):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft tokens from the item encoder.
         Each item or user is encoded once, however often it occurs in the batch."""
         is_soft = ids >= SOFT_BASE
@@ -251,7 +247,7 @@ class ILM(nn.Module):
         if is_soft.any():
             slots = ids[is_soft] - SOFT_BASE
             entities, inverse = torch.unique(slots // self.K, return_inverse=True)
-            tokens = self.soft_tokens(entities, extra).flatten(0, 1).index_select(0, inverse * self.K + slots % self.K)
+            tokens = self.soft_tokens(entities).flatten(0, 1).index_select(0, inverse * self.K + slots % self.K)
             embeddings = embeddings.index_put((is_soft,), tokens.to(embeddings.dtype))
         return embeddings
 
@@ -272,7 +268,7 @@ class ILM(nn.Module):
         """Packed rows (train_stage2.collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order. p is
         divided among all tokens, or, where a target is part of a name, among those that the catalogue allows there ("node")."""
         batch = {key: value.to(self.cf.device) for key, value in batch.items()}
-        embeddings = self.embed(batch["ids"], batch.get("cf"))
+        embeddings = self.embed(batch["ids"])
         hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
         wanted = batch["label"] >= 0
         logits, label, node = self.head(hidden[wanted]), batch["label"][wanted], batch["node"][wanted]

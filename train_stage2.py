@@ -24,9 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-import os
-FOLD = int(os.environ.get("FOLD", "0"))
-from data import fold_in, RANKING_TASKS, InputError, load_dataset, load_prompts
+from data import RANKING_TASKS, InputError, load_dataset, load_prompts
 from ilm import autocast, build_ilm, load_weights, precision, read_config
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
@@ -90,10 +88,6 @@ class Examples:
         self.name = (lambda i: (model.name_ids[i],)) if model.config.get("full_vocabulary") else (lambda i: model.names_trie.paths[i])
         self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
         self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}
-        raw = dataset.raw_cf[0]
-        self.fixed, seen = dataset.raw_cf[1], raw[raw.abs().sum(1) > 0]
-        self.mean, self.std = seen.mean(0), seen.std(0).clamp(min=1e-6)
-        self.extra, self.new = [], len(dataset.items) + len(dataset.users)
         self.users = np.array([u for u, s in self.sequences.items() if len(s) >= 2])
 
     def ranking(self, task, user, history, template):
@@ -110,23 +104,13 @@ class Examples:
         s = self.sequences[user]
         start = int(rng.integers(max(1, len(s) - HISTORY)))
         window = s[start:start + HISTORY + 1]
-        users = self.folded(user, s, range(start + 1, start + len(window)))
-        return pack([(self.ranking("sequential", users[k - 1], window[:k], template), *self.name(window[k]))
+        return pack([(self.ranking("sequential", user, window[:k], template), *self.name(window[k]))
                      for k in range(1, len(window))])
-
-    def folded(self, user, s, ends):
-        """Entities that stand for the user as they were before each of their items `ends`."""
-        if not FOLD or self.model.encoder is None:
-            return [user] * len(ends)
-        first = self.new - len(self.dataset.items) + sum(map(len, self.extra))
-        self.extra.append(((fold_in(self.fixed, s) - self.mean) / self.std)[[e - 1 for e in ends]])
-        return range(first, first + len(ends))
 
     def straightforward_row(self, user, template, rng):
         s = self.sequences[user]
-        ends = rng.permutation(np.arange(1, len(s)))[:HISTORY]
-        users = self.folded(user, s, ends)
-        return pack([(self.ranking("straightforward", u, (), template), *self.name(s[e])) for u, e in zip(users, ends)])
+        prompt = self.ranking("straightforward", user, (), template)
+        return pack([(prompt, *self.name(i)) for i in rng.permutation(s)[:HISTORY]])
 
     def batch(self, kind, size, rng):
         """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. One template a
@@ -139,9 +123,7 @@ class Examples:
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template = templates[rng.integers(len(templates))]
-        self.extra = []
-        out = collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
-        return out | ({"cf": torch.cat(self.extra)} if self.extra else {})
+        return collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
 
     def held_out(self, split, limit, size):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users. A ranking
