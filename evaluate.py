@@ -10,15 +10,11 @@ against the target. Items of the user's own history are taken out, for every met
 in); the target itself is never taken out. Text: log perplexity (-log p per target token, lower is better) and, where a task asks
 for one attribute, the share of generated answers that equal the truth; SC, the cosine of sentence embeddings of written and true text.
 
-Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
-one method (--against), by a bootstrap that draws users (text: items) and seeds.
-
 References that use no text: popularity, item-kNN, MF (the dot products of the very CF vectors that the encoders read), and on the toy
 world the Bayes-optimal oracle. Retention = HR@10 of the method / HR@10 of MF: how much of the CF signal survives the frozen LLM."""
 import argparse
 import hashlib
 import json
-import re
 import subprocess
 import time
 from contextlib import suppress
@@ -30,17 +26,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from assets import figures
 from assets.sasrec import train_sasrec
+from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, InputError, load_dataset, run_script
 from ilm import autocast, from_pretrained, load_ilm, pick_device
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
 from train_stage2 import Examples, collate, load_stage1, pack
-
-KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
 
 
 # ---- Metrics: pure functions -----------------------------------------------------------------------------------------
@@ -58,27 +51,6 @@ def ranking_metrics(ranks):
     values = {key: per_user({"hits": hits}, key) for key in KEYS}
     return {**{key: float(v.mean()) for key, v in values.items()}, "users": len(hits),
             "se": {key: standard_error(v) for key, v in values.items()}, "hits": hits}
-
-
-def standard_error(values):
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def per_user(metrics, key):
-    """What each user adds to HR@k or NDCG@k, (U,)."""
-    ranks, k = np.array([int(c, 16) for c in metrics["hits"]]), int(key.split("@")[1])
-    return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
-
-
-def bootstrap(a, b, draws=2000):
-    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users), users drawn in pairs."""
-    rng, U = np.random.default_rng(0), a.shape[1]
-    below, above = 0, 0
-    for _ in range(draws):
-        users = rng.integers(U, size=U)
-        means = [x[rng.integers(len(x), size=len(x))][:, users].mean() for x in (a, b)]
-        below, above = below + (means[0] <= means[1]), above + (means[0] >= means[1])
-    return min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
 
 
 def targets_and_taken(dataset, users, split, keep_history):
@@ -270,66 +242,14 @@ def commit():
         return found.stdout.strip() or None
 
 
-# ---- Tables and figures ----------------------------------------------------------------------------------------------
-
-def method_of(r):
-    """A method is a run's name without its -s0, -s1, ... of seeds."""
-    return re.sub(r"-s\d+$", "", Path(r["run"]).name)
-
-
-def by_method(results, pick, label=""):
-    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError."""
-    out = {}
-    for r in results:
-        with suppress(KeyError):
-            out[method_of(r) + label] = out.get(method_of(r) + label, []) + [pick(r)]
-    return out
-
-
-def table(title, keys, methods, against="", values=None):
-    """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
-    difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
-    if methods and keys:
-        print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
-    for name, found in methods.items() if keys else ():
-        error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
-        error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
-        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
-        other = methods.get(against + name[name.find(","):] * ("," in name))
-        if values and other and other is not found:
-            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
-        print(line)
-
-
-def print_tables(results, against="ilm"):
-    """Runs of one data set, whatever was measured of them."""
-    keys = [*KEYS[:2], KEYS[3], KEYS[2]]
-    for task in RANKING_TASKS:
-        methods = {name: [m] for r in results if task in r.get("rec", {}) for name, m in r["references"].items()}
-        for prompts in ("seen", "unseen"):
-            methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
-        for name in CONTROLS if task == "sequential" else ():
-            methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
-        users = next((m[0]["users"] for m in methods.values()), 0)
-        table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"))
-    texts = by_method(results, lambda r: r["text"])
-    table("text tasks, held-out items", ["sc", "log_ppl"], texts, against, lambda m: [*m["per_item"].values()])
-    names = [*dict.fromkeys(name for found in texts.values() for m in found for name in m["attribute_accuracy"])]
-    table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
-    table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
-        **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
-    r, commits = results[0], ", ".join(sorted({str(r["commit"]) for r in results}))
-    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {commits}")
-    for name, found in by_method(results, lambda r: r["retention"]).items():
-        print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
-
+# ----------------------------------------------------------------------------------------------------------------------
 
 def show(results, args):
     for data in dict.fromkeys(r["dataset"] for r in results):
         print(f"\n== {data}")
         print_tables([r for r in results if r["dataset"] == data], args.against)
     if args.plot:
-        figures.plot(results, args.plot)
+        plot(results, args.plot)
 
 
 def main():

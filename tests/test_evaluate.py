@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import data
 import evaluate
+from assets import tables
 
 
 def test_ranks_count_ties_against_the_target():
@@ -37,8 +38,8 @@ def test_the_bootstrap_knows_a_difference_from_noise():
     rng = np.random.default_rng(1)
     users = rng.random((1, 400))
     a, b, c = users + rng.normal(0, 0.1, (3, 400)), users + rng.normal(0, 0.1, (3, 400)), users + 0.05 + rng.normal(0, 0.1, (3, 400))
-    assert evaluate.bootstrap(a, c) < 0.01 and evaluate.bootstrap(a, b) > 0.05 and evaluate.bootstrap(a, a) == 1
-    few = [evaluate.bootstrap(rng.random((3, 50)), rng.random((3, 50)), 200) for _ in range(100)]
+    assert tables.bootstrap(a, c) < 0.01 and tables.bootstrap(a, b) > 0.05 and tables.bootstrap(a, a) == 1
+    few = [tables.bootstrap(rng.random((3, 50)), rng.random((3, 50)), 200) for _ in range(100)]
     assert sum(p < 0.05 for p in few) <= 15  # 5 are to be expected
 
 
@@ -47,7 +48,7 @@ def test_seeds_of_a_method_are_one_line(capsys):
     runs = [{"run": f"out/{name}", "rec": {"sequential": {"seen": m(h), "unseen": m(h)}}, "references": {"mf": m([1, 0, 0, 0])},
              "retention": 1.0, "split": "test", "filtered": True, "device": "cpu", "commit": "c"}
             for name, h in (("ilm-s0", [1, 1, 1, 0]), ("ilm-s1", [1, 1, 0, 0]), ("mlp-s0", [0, 0, 0, 1]))]
-    evaluate.print_tables(runs)
+    tables.print_tables(runs)
     lines = capsys.readouterr().out.splitlines()
     lines = {line.split("  ")[1].strip(): line.split() for line in lines if "prompts" in line or " mf " in line}
     assert lines["ilm, seen prompts"][-4:] == ["0.625", "±", "0.125", "2"] and lines["mf"][-1] == "1"

@@ -1,0 +1,129 @@
+"""What evaluate.py prints and draws of many runs: means over seeds, who differs, figures (matplotlib, which nothing else needs).
+
+Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
+one method (--against), by a bootstrap that draws users (text: items) and seeds."""
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from data import RANKING_TASKS, InputError
+
+KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def per_user(metrics, key):
+    """What each user adds to HR@k or NDCG@k, (U,)."""
+    ranks, k = np.array([int(c, 16) for c in metrics["hits"]]), int(key.split("@")[1])
+    return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
+
+
+def bootstrap(a, b, draws=2000):
+    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users), users drawn in pairs."""
+    rng, U = np.random.default_rng(0), a.shape[1]
+    below, above = 0, 0
+    for _ in range(draws):
+        users = rng.integers(U, size=U)
+        means = [x[rng.integers(len(x), size=len(x))][:, users].mean() for x in (a, b)]
+        below, above = below + (means[0] <= means[1]), above + (means[0] >= means[1])
+    return min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
+
+
+def method_of(r):
+    """A method is a run's name without its -s0, -s1, ... of seeds."""
+    return re.sub(r"-s\d+$", "", Path(r["run"]).name)
+
+
+def by_method(results, pick, label=""):
+    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError."""
+    out = {}
+    for r in results:
+        with suppress(KeyError):
+            out[method_of(r) + label] = out.get(method_of(r) + label, []) + [pick(r)]
+    return out
+
+
+def table(title, keys, methods, against="", values=None):
+    """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
+    difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
+    if methods and keys:
+        print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
+    for name, found in methods.items() if keys else ():
+        error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
+        error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
+        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
+        other = methods.get(against + name[name.find(","):] * ("," in name))
+        if values and other and other is not found:
+            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
+        print(line)
+
+
+def print_tables(results, against="ilm"):
+    """Runs of one data set, whatever was measured of them."""
+    keys = [*KEYS[:2], KEYS[3], KEYS[2]]
+    for task in RANKING_TASKS:
+        methods = {name: [m] for r in results if task in r.get("rec", {}) for name, m in r["references"].items()}
+        for prompts in ("seen", "unseen"):
+            methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
+        for name in CONTROLS if task == "sequential" else ():
+            methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
+        users = next((m[0]["users"] for m in methods.values()), 0)
+        table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"))
+    texts = by_method(results, lambda r: r["text"])
+    table("text tasks, held-out items", ["sc", "log_ppl"], texts, against, lambda m: [*m["per_item"].values()])
+    names = [*dict.fromkeys(name for found in texts.values() for m in found for name in m["attribute_accuracy"])]
+    table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
+    table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
+        **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
+    r, commits = results[0], ", ".join(sorted({str(r["commit"]) for r in results}))
+    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {commits}")
+    for name, found in by_method(results, lambda r: r["retention"]).items():
+        print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
+
+
+def plot(results, folder):
+    """Draw every figure for which there are results."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def points(expression, values):
+        """{method: {x: values of its seeds}} from the runs whose name fits; values(run, match) -> [(x, y)]."""
+        found = {}
+        for r in results:
+            with suppress(KeyError):
+                if match := re.fullmatch(expression, method_of(r)):
+                    for x, y in values(r, match):
+                        found.setdefault(match[1], {}).setdefault(x, []).append(y)
+        return found
+
+    queries = lambda pick: points(r"(ilm|mlp)-k(\d+)", lambda r, match: [(int(match[2]), pick(r))])
+    curve = lambda key, names: points(names, lambda r, _: [(row["step"], row[key]) for row in r["curve"][1:]])
+    figures = {
+        "query_tokens": {"soft tokens: sequential HR@10": queries(lambda r: r["rec"]["sequential"]["seen"]["HR@10"]),
+                         "soft tokens: text log perplexity": queries(lambda r: r["text"]["log_ppl"])},
+        "budget": {f"steps: valid. {kind}": curve(f"valid_{kind}", "(ilm|ilm-rand|mlp|text)") for kind in (*RANKING_TASKS, "text")},
+        "stage1": {f"steps: valid. {loss}": curve(f"valid_{loss}", "(stage1[a-z-]*)") for loss in ("itc", "itg")}}
+    images = next((r["stage1"]["alignment"] for r in results if "stage1" in r), {})
+    figures["alignment"] = {f"items x their texts, {when} stage 1": image for when, image in images.items()}
+    for name, panels in figures.items():
+        if all(panels.values()) and panels:
+            fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), facecolor="white", squeeze=False)
+            for ax, (title, found) in zip(axes[0], panels.items()):
+                ax.set_title(title, fontsize=9)
+                if name == "alignment":
+                    ax.imshow(found)
+                    continue
+                for label, seeds in sorted(found.items()):
+                    x = sorted(seeds)
+                    ax.errorbar(x, [np.mean(seeds[k]) for k in x], [standard_error(seeds[k]) for k in x], marker=".", label=label)
+                ax.legend(fontsize=7)
+            fig.savefig(Path(folder) / f"{name}.png", dpi=100, bbox_inches="tight")
