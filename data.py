@@ -21,17 +21,19 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from assets.readers import MOVIELENS_URL, InputError, find, load_cf, read_csv, read_items, read_movielens, read_openp5
 from assets.toy_world import toy_interactions, toy_world
 
 RANKING_TASKS = ("sequential", "straightforward")
+HISTORY = 20       # OpenP5: histories are cut to the last 20 items
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
@@ -42,6 +44,40 @@ def run_script(main):
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+# ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
+
+def from_pretrained(auto_class, name, flag, **kwargs):
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line."""
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
+        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
+
+
+def load_weights(parameters, path):
+    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
+    tensors = load_file(path)
+    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
+    if wrong:
+        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def read_config(run, kind):
+    """config.json of a run directory of the given kind, stage1 or stage2."""
+    path = Path(run) / "config.json"
+    if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
+        raise InputError(f"{run}: not a finished {kind} run (no config.json and model.safetensors); run train_{kind}.py --out {run} first")
+    config = json.loads(path.read_text())
+    if config.get("kind") != kind:
+        raise InputError(f"{run}: is a {config.get('kind')} run, expected {kind}")
+    return config
 
 
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
@@ -79,9 +115,10 @@ class Dataset:
         return [i for i in sorted(held_out.get(split, train)) if self.items[i]["text"]]
 
 
-def standardise(x):
-    """Every column to mean 0 and variance 1, over the rows that CF has seen (the others are exactly zero)."""
-    seen = x[x.abs().sum(1) > 0]
+def standardise(x, known=None):
+    """Every column of `known` (of x itself) to mean 0 and variance 1, over the rows that CF has seen (the others are exactly zero)."""
+    known = x if known is None else known
+    seen = known[known.abs().sum(1) > 0]
     return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6) if len(seen) > 1 else x
 
 
@@ -99,6 +136,38 @@ def load_dataset(path):
     raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
     return Dataset(path, meta, [json.loads(x) for x in lines("items.jsonl")], lines("users.txt"), arrays["indptr"], arrays["items"],
                    standardise(raw[0]), standardise(raw[1]), raw, [json.loads(x) for x in lines("tasks.jsonl")])
+
+
+def extend(dataset, folder):
+    """The data set and, after its own, users and items that are new in folder/interactions.csv (items.csv says what the items are). A
+    new user is folded in from the known items they chose, a new item from the known users who chose it; known users stay as they are."""
+    users, items, times = read_csv(folder)
+    table, pairs = {}, np.stack([items, users], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
+    for name in ("items.csv", "items.tsv", "items.jsonl"):
+        table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
+    known = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in dataset.items], dataset.users)]
+    fresh, raw, cf = ({}, {}), [], []                              # new items, new users: {id: those it meets, in time order}
+    for pair in pairs:
+        for side in (0, 1):
+            if pair[side] not in known[side]:
+                fresh[side].setdefault(pair[side], []).append(pair[1 - side])
+    for side, (kind, own, other, standard) in enumerate((("item", *dataset.raw_cf[::-1], dataset.item_cf),
+                                                         ("user", *dataset.raw_cf, dataset.user_cf))):
+        vectors = torch.empty(0, own.shape[1])
+        for name, met in fresh[side].items():
+            met = [known[1 - side][x] for x in met if x in known[1 - side]]
+            if not met:
+                raise InputError(f"{folder}/interactions.csv: {kind} {name} meets nothing known, so that it gets no vector; remove it")
+            vectors = torch.cat([vectors, fold_in(other, met)[None]])
+        raw.append(torch.cat([own, vectors]))
+        cf.append(torch.cat([standard, standardise(vectors, own)]))
+    catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in fresh[0])]
+    unique_titles(catalogue)
+    number = {item["id"]: k for k, item in enumerate(catalogue)}
+    sequences = [[number[i] for i in met] for met in fresh[1].values()]
+    return replace(dataset, items=catalogue, users=[*dataset.users, *fresh[1]], item_cf=cf[0], user_cf=cf[1], raw_cf=(raw[1], raw[0]),
+                   indptr=np.append(dataset.indptr, dataset.indptr[-1] + np.cumsum([len(s) for s in sequences], dtype=int)),
+                   sequence=np.append(dataset.sequence, np.array(sum(sequences, []), dtype=int)))
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------
@@ -158,6 +227,12 @@ def als_solve(fixed, batches, num_rows, alpha, reg):
     return out
 
 
+def fold_in(fixed, sequence, alpha=2.0, reg=1.0):
+    """als_solve for one row without retraining: the vectors (N, E) of the other side, which of them it chose (n,) -> its vector (E,)."""
+    columns = torch.as_tensor(np.asarray(sequence, dtype=np.int64))[None]
+    return als_solve(fixed, [([0], columns)], 1, alpha, reg)[0]
+
+
 def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
     """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)
@@ -178,8 +253,8 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
 
     max_tokens cuts long titles; names that the cut makes equal get a running number within the same length."""
     if style == "random":
-        order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
-        return [f"item_{1001 + k}" for k in order]
+        order = torch.randperm(dataset.meta["items"], generator=torch.Generator().manual_seed(0)).tolist()
+        return [f"item_{1001 + k}" for k in [*order, *range(len(order), len(dataset.items))]]  # later items (extend) come last
     if style != "title":
         index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
         missing = [item["id"] for item in dataset.items if item["id"] not in index]

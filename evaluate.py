@@ -29,8 +29,8 @@ from transformers import AutoModel, AutoTokenizer
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, InputError, load_dataset, run_script
-from ilm import autocast, from_pretrained, load_ilm, pick_device
+from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, run_script
+from ilm import load_ilm, pick_device
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
 from train_stage2 import Examples, collate, load_stage1, pack
@@ -121,7 +121,7 @@ def rank_users(model, examples, task, prompts, users, args, device):
         batch = users[start:start + args.batch_size]
         ids = [examples.ranking(task, u, dataset.items_of(u, args.split), templates[int(u) % len(templates)]) for u in batch]
         targets, taken = (x.to(device) for x in targets_and_taken(dataset, batch, args.split, args.keep_history))
-        with autocast(device):
+        with model.autocast():
             ranks.append(target_ranks(model.rank(ids, trie, beams, taken), targets).cpu())
     return torch.cat(ranks)
 
@@ -148,7 +148,7 @@ def evaluate_text(model, examples, args, device):
         instances = sorted([t for t in pool if t["task"] == task][:args.max_texts], key=lambda t: len(t["target"]))
         for chunk in (instances[k:k + 64] for k in range(0, len(instances), 64)):
             batch = collate([pack([examples.text(t)]) for t in chunk])
-            with autocast(device):
+            with model.autocast():
                 nll = model(batch)[1].double().cpu()
             row = (batch["label"] >= 0).nonzero()[:, 0]
             for t, total, count in zip(chunk, torch.zeros(len(chunk)).double().index_add(0, row, nll), row.bincount()):
@@ -161,7 +161,7 @@ def evaluate_text(model, examples, args, device):
     out = {"log_ppl": mean(every), "per_task": {task: mean(rows) for task, rows in losses.items()},
            "per_item": per_item, "se": {"log_ppl": standard_error(list(per_item.values()))},
            "attribute_accuracy": {task: float(np.mean([a == b for a, b in written[task]])) for task in written if task in attributes}}
-    name, encoder = "the frozen LLM's own states", (model.llm.base_model, model.tokenizer)
+    name, encoder = "the frozen LLM's own states", (model.llm.get_encoder() if model.seq2seq else model.llm.base_model, model.tokenizer)
     if args.sc_encoder:
         name = Path(args.sc_encoder).name
         encoder = [from_pretrained(auto_class, args.sc_encoder, "--sc-encoder") for auto_class in (AutoModel, AutoTokenizer)]

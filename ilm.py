@@ -9,24 +9,22 @@ Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2
     prompt: "History of user <u><u>: Amber Key <3><3>, Jade Road <8><8>. Next:" --(embedding)--> frozen LLM -> p(next token)
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
-decoder-only checkpoint you name, and an item that occurs several times in a batch is encoded once."""
+checkpoint you name, decoder-only or encoder-decoder, and an item that occurs several times in a batch is encoded once."""
 import argparse
-import json
+import inspect
 import re
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as hf_logging
 
-from data import SOFT, InputError, item_names, load_dataset, run_script
-from qformer import QFormer, QFormerConfig
+from assets.hub import Portable
+from data import SOFT, InputError, extend, from_pretrained, item_names, load_dataset, load_weights, read_config, run_script
+from qformer import MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
@@ -130,30 +128,31 @@ def packed_attention(batch):
     return (own | trunk)[:, None]
 
 
+def unpacked(batch):
+    """Yield every branch of packed rows as an example of its own, in order: prompt ids (P,), target ids (T,), trie nodes (T,)."""
+    for ids, position, branch, attach, label, node in zip(*(batch[k] for k in ("ids", "position", "branch", "attach", "label", "node"))):
+        for number in range(1, int(branch.max()) + 1):
+            own = (branch == number).nonzero()[:, 0]
+            first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
+            trunk = ids[(branch == 0) & (position < attach[own[0]])]
+            yield torch.cat([trunk, ids[own[:first + 1]]]), label[own[first:]], node[own[first:]]
+
+
 # ---- The model -------------------------------------------------------------------------------------------------------
 
-class MLPEncoder(nn.Module):
-    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, K * hidden); no text ever shaped it. (N, E) -> (N, K, hidden)."""
-
-    def __init__(self, cf_dim, num_soft, hidden):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_soft * hidden))
-        self.num_soft = num_soft
-
-    def encode(self, cf):
-        return self.net(cf).view(len(cf), self.num_soft, -1)
-
-
-class ILM(nn.Module):
-    """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users."""
+class ILM(nn.Module, Portable):
+    """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users, then of
+    whatever add() was given."""
 
     def __init__(self, llm, tokenizer, encoder, num_soft, dataset, config):
         super().__init__()
         self.llm, self.tokenizer, self.encoder, self.config = llm, tokenizer, encoder, config
+        self.seq2seq = llm.config.is_encoder_decoder
         self.train_llm = config["train_llm"]
         self.K, self.num_items, self.dataset = num_soft, len(dataset.items), dataset
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
-        self.context = min(getattr(llm.config, "max_position_embeddings", None) or 1 << 20, 1 << 20)
+        limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
+        self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
         self.register_buffer("cf", torch.cat([dataset.item_cf, dataset.user_cf]), persistent=False)
         if config.get("shuffle_cf"):
             self.shuffle_cf()
@@ -162,8 +161,9 @@ class ILM(nn.Module):
         tokenizer.add_tokens([SOFT], special_tokens=True)
         self.soft_id, self.zero_soft = tokenizer.convert_tokens_to_ids(SOFT), False  # zero_soft: a control of evaluate.py
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
+        self.check_llm()
         if encoder is not None:
-            self.adapter = nn.Linear(encoder.config.width, self.hidden) if isinstance(encoder, QFormer) else nn.Identity()
+            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else nn.Linear(encoder.width, self.hidden)
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -176,13 +176,35 @@ class ILM(nn.Module):
         return self
 
     @torch.no_grad()
+    def check_llm(self):
+        """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
+        self.logit_scale, self.cap = 1.0, getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
+        ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
+        embeddings = self.llm.get_input_embeddings()(ids)
+        if self.seq2seq:
+            hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
+            whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
+        elif "position_ids" not in inspect.signature(self.llm.base_model.forward).parameters:
+            raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
+        else:
+            hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
+        if not torch.allclose(whole, ours := self.head(hidden), rtol=0.02, atol=0.02):
+            self.logit_scale = float((whole * ours).sum() / (ours * ours).sum())
+            if not torch.allclose(whole, self.head(hidden), rtol=0.02, atol=0.02):
+                raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
+
+    def autocast(self):
+        """As for the scripts; T5's activations overflow fp16, so that it computes in fp32 where there is no bf16."""
+        return nullcontext() if self.seq2seq and precision(self.cf.device) == torch.float16 else autocast(self.cf.device)
+
+    @torch.no_grad()
     def match_scale(self):
         """Soft tokens start as loud as the LLM's own states half way up its layers (17 times the embeddings in the toy LLM): so the layers
-        pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them. Validation loss of the
-        next item, toy world, width 64, one seed: 4.15 at 4 times these, 3.96 at 10, 3.88 at 30, 3.89 at 100; texts .40 .30 .25 .36.
+        pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
         A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:256]], device=self.cf.device)
-        states = self.llm.base_model(ids, output_hidden_states=True).hidden_states
+        reader = self.llm.get_encoder() if self.seq2seq else self.llm.base_model
+        states = reader(ids, output_hidden_states=True).hidden_states
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median()
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
@@ -193,13 +215,19 @@ class ILM(nn.Module):
         order = np.concatenate([random.permutation(self.num_items), self.num_items + random.permutation(len(self.cf) - self.num_items)])
         self.cf.copy_(self.cf[torch.from_numpy(order).to(self.cf.device)])
 
+    def add(self, cf):
+        """One more CF vector (E,), standardised: of a new user, a mixture of items ... -> the entity that prompts may mention."""
+        self.cf = torch.cat([self.cf, cf[None].to(self.cf)])
+        return len(self.cf) - 1
+
     # -- prompts
 
     def prompt_ids(self, template, user=None, history=(), items=(), named=True):
         """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
 
         The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the
-        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks)."""
+        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is
+        a conversation, user and model in turn. A tokenizer's chat template, if there is one, is put around all."""
         tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
         while True:
             entities, queue = [], list(items)
@@ -216,8 +244,13 @@ class ILM(nn.Module):
                     return f"user {soft(self.num_items + user) or self.dataset.users[user]}"
                 return (mention(queue.pop(0), named) or "this item") if match[1] == "item" else ", ".join(mention(int(i)) for i in history)
 
-            text = re.sub(r"\{(user|history|item)\}", fill, template.replace(SOFT, ""))
-            ids = self.tokenizer(text)["input_ids"]
+            turns = [template] if isinstance(template, str) else template
+            turns = [re.sub(r"\{(user|history|item)\}", fill, turn.replace(SOFT, "")) for turn in turns]
+            text, chat = "\n".join(turns), self.tokenizer.chat_template
+            if chat:
+                turns = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
                 assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
@@ -257,21 +290,46 @@ class ILM(nn.Module):
                                   past_key_values=cache, use_cache=use_cache)
         return out.last_hidden_state, out.past_key_values
 
+    def encode_prompts(self, embeddings, mask):
+        """An encoder-decoder LLM reads its prompts -> states (B, L, hidden), mask (B, L)."""
+        return self.llm.get_encoder()(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state, mask
+
+    def decode(self, ids, states, mask):
+        """... and continues ids (B, T), the start token first -> last hidden states (B, T, hidden)."""
+        return self.llm.get_decoder()(input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask.long(),
+                                      use_cache=False).last_hidden_state
+
+    def decode_branches(self, batch):
+        """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden), labels (N,), nodes (N,)."""
+        prompts, targets, nodes = zip(*unpacked(batch))
+        ids, mask, _ = self.left_pad([p.tolist() for p in prompts])
+        states = self.encode_prompts(self.embed(ids), mask)
+        start = torch.tensor([self.llm.config.decoder_start_token_id], device=ids.device)
+        label, node = (nn.utils.rnn.pad_sequence(x, True, -100) for x in (targets, nodes))
+        hidden = self.decode(nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states)
+        return hidden[label >= 0], label[label >= 0], node[label >= 0]
+
     def head(self, hidden, tokens=None):
         """Logits (N, V), or of some tokens alone."""
         out = self.llm.get_output_embeddings()
         if tokens is None:
-            return out(hidden).float()
-        return nn.functional.linear(hidden, out.weight[tokens], None if out.bias is None else out.bias[tokens]).float()
+            logits = out(hidden).float() * self.logit_scale
+        else:
+            bias = None if out.bias is None else out.bias[tokens]
+            logits = nn.functional.linear(hidden, out.weight[tokens], bias).float() * self.logit_scale
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def forward(self, batch):
         """Packed rows (train_stage2.collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order. p is
         divided among all tokens, or, where a target is part of a name, among those that the catalogue allows there ("node")."""
         batch = {key: value.to(self.cf.device) for key, value in batch.items()}
-        embeddings = self.embed(batch["ids"])
-        hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
-        wanted = batch["label"] >= 0
-        logits, label, node = self.head(hidden[wanted]), batch["label"][wanted], batch["node"][wanted]
+        if self.seq2seq:
+            hidden, label, node = self.decode_branches(batch)
+        else:
+            embeddings, wanted = self.embed(batch["ids"]), batch["label"] >= 0
+            hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
+            hidden, label, node = hidden[wanted], batch["label"][wanted], batch["node"][wanted]
+        logits = self.head(hidden)
         total, named = logits.logsumexp(1), (node >= 0).nonzero()[:, 0]
         if len(named):
             parent, child = self.names_trie.children(node[named])
@@ -300,8 +358,14 @@ class ILM(nn.Module):
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
         ids, sees, position = self.left_pad(prompts)
         B, device, beams = len(ids), ids.device, beams or trie.num_items
-        hidden, cache = self.body(self.embed(ids), sees, position, use_cache=True)
-        hidden, position, sees = hidden[:, -1], position[:, -1:], sees.bool()                  # of N living prefixes, first N = B
+        if self.seq2seq:
+            states, sees = self.encode_prompts(self.embed(ids), sees)
+            path = torch.full((B, 1), self.llm.config.decoder_start_token_id, device=device)
+            hidden = self.decode(path, states, sees)
+        else:
+            hidden, cache = self.body(self.embed(ids), sees, position, DynamicCache(), use_cache=True)
+            position, sees = position[:, -1:], sees.bool()
+        hidden = hidden[:, -1]                                                                 # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
         found = user[:0], node[:0], score[:0]                                                  # finished names: user, item, score
         while len(node):
@@ -322,8 +386,12 @@ class ILM(nn.Module):
             alive = alive[kept]
             if not len(alive):
                 break
-            # One more token of each, side by side: row = user, column = place
             user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
+            if self.seq2seq:  # the simple path: a prefix is a row, read from its start
+                path = torch.cat([path[parent], trie.token[node][:, None]], 1)
+                hidden = torch.cat([self.decode(p, states[u], sees[u])[:, -1] for p, u in zip(path.split(512), user.split(512))])
+                continue
+            # One more token of each, side by side: row = user, column = place
             W, position = int(place.max()) + 1, position[:, :1] + 1
             sees = torch.cat([sees[parent], place[:, None] == torch.arange(W, device=device)], 1)   # (N, columns of the cache)
             mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=device)
@@ -337,24 +405,14 @@ class ILM(nn.Module):
         return scores
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=48):
-        """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache)."""
+    def generate(self, prompts, max_new_tokens=48, **kwargs):
+        """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
         ids, mask, _ = self.left_pad(prompts)
         end = self.tokenizer.eos_token_id
         out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                eos_token_id=end, pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
+                                eos_token_id=end, pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+                                **kwargs)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
-
-    @torch.no_grad()
-    def export(self, path, chunk=4096):
-        """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
-        than `chunk` of them are in memory at a time."""
-        began, shape = time.time(), (len(self.cf), self.K, self.hidden)
-        with open(path, "wb") as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):
-                f.write(self.soft_tokens(rows).float().cpu().numpy().tobytes())
-        return len(self.cf) / (time.time() - began)
 
     def saved_parameters(self):
         """What a run directory holds: encoder and adapter, and the LLM only where it was trained."""
@@ -363,108 +421,63 @@ class ILM(nn.Module):
 
 # ---- Building and loading --------------------------------------------------------------------------------------------
 
-def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line."""
-    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
-        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
+def make_encoder(config, cf_dim, hidden):
+    """The item encoder of a method. Of your own: any module with a number `width` and encode(cf (N, E)) -> (N, K, width), a line here,
+    and its name in METHODS of train_stage2.py."""
+    if config["method"] == "text":
+        return None
+    if config["method"] == "mlp":
+        return MLPEncoder(cf_dim, config["num_queries"], hidden)
+    encoder = QFormer(QFormerConfig(**config["qformer"]))
+    encoder.freeze_text()
+    return encoder
 
 
 def build_ilm(config, dataset, device):
-    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller."""
-    dtype = torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32
-    llm = from_pretrained(AutoModelForCausalLM, config["llm"], "--llm", dtype=dtype)
+    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. The LLM is in bf16 where the device has it,
+    else in fp32; its attention is transformers' default, sdpa where the type allows it."""
+    seq2seq = from_pretrained(AutoConfig, config["llm"], "--llm").is_encoder_decoder
+    llm = from_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config["llm"], "--llm",
+                          dtype=torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32)
     tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
-    if config["method"] == "text":
-        encoder = None
-    elif config["method"] == "mlp":
-        encoder = MLPEncoder(dataset.item_cf.shape[1], config["num_queries"], llm.get_input_embeddings().embedding_dim)
-    else:
-        encoder = QFormer(QFormerConfig(**config["qformer"]))
-        encoder.freeze_text()
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--llm {config['llm']}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+    encoder = make_encoder(config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim)
     model = ILM(llm, tokenizer, encoder, config["num_queries"], dataset, config).to(device)
     model.names_trie.to(device)
     return model
 
 
-def load_weights(parameters, path):
-    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
-    tensors = load_file(path)
-    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
-    if wrong:
-        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-
-
-def read_config(run, kind):
-    """config.json of a run directory of the given kind, stage1 or stage2."""
-    path = Path(run) / "config.json"
-    if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind} run (no config.json and model.safetensors); run train_{kind}.py --out {run} first")
-    config = json.loads(path.read_text())
-    if config.get("kind") != kind:
-        raise InputError(f"{run}: is a {config.get('kind')} run, expected {kind}")
-    return config
-
-
-def load_ilm(run, device, data=None):
-    """A trained ILM in eval mode from a run directory of train_stage2.py."""
+def load_ilm(run, device, data=None, new=None, llm=None):
+    """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of interactions.csv (and items.csv) with users and
+    items that came later; they get vectors by fold-in (data.extend) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
-    model = build_ilm(config, load_dataset(data or config["data"]), device)
+    config["llm"], dataset = llm or config["llm"], load_dataset(data or config["data"])
+    model = build_ilm(config, extend(dataset, new) if new else dataset, device)
     load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
     return model.eval()
 
 
 # ---- Talking to it ---------------------------------------------------------------------------------------------------
 
-def answer(model, text):
-    """Answer one prompt with {item:ID}, {user:ID}, {history:ID,ID} in it (original ids)."""
-    ids = {"item": [item["id"] for item in model.dataset.items], "user": model.dataset.users}
-    known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
-    found = {"item": [], "user": [], "history": []}
-
-    def resolve(match):
-        kind = "user" if match[1] == "user" else "item"
-        for name in match[2].split(","):
-            if name not in known[kind]:
-                raise InputError(f"no {kind} with the id {name!r} in {model.dataset.path}")
-            found[match[1]].append(known[kind][name])
-        return "{" + match[1] + "}"
-
-    template = re.sub(r"\{(item|user|history):([^{}]+)\}", resolve, text)
-    if len(found["user"]) > 1 or re.search(r"\{(item|user|history)\}", text):
-        raise InputError("mention {item:ID}, {history:ID,ID} and at most one {user:ID}")
-    named = model.encoder is None  # as in training
-    return model.generate([model.prompt_ids(template, *found["user"] or [None], found["history"], found["item"], named)])[0]
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
     p.add_argument("--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]")
     p.add_argument("--data", help="prepared folder [the run's]")
+    p.add_argument("--new", metavar="FOLDER", help="interactions.csv (and items.csv) of users and items that came after training")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument("--export", metavar="FILE.npy", help="write the soft tokens of all items and users, for use elsewhere")
     p.add_argument("--seed", type=int, default=0, help="unused: answers are greedy [0]")
     args = p.parse_args()
-    model = load_ilm(args.run, pick_device(args.device), args.data)
+    model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
     if args.export:
         if model.encoder is None:
             raise InputError(f"--export: {args.run} is a text-only run, without soft tokens")
         return print(f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second")
-    if args.prompt:
-        return print(answer(model, args.prompt))
-    print("Mention {item:ID}, {user:ID} or {history:ID,ID}; an empty line or Ctrl-D leaves.")
-    while line := (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip():
-        try:
-            print(answer(model, line))
-        except InputError as error:
-            print(error)
+    from assets.chat import Chat
+    chat = Chat(model)
+    print(chat.answer(args.prompt)) if args.prompt else chat.converse()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
         config = replace(config, heads=config.heads or max(1, config.width // 32))
-        self.config, D = config, config.width
+        self.config, self.width, D = config, config.width, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)
         self.words = nn.Embedding(config.vocab_size, D)
@@ -220,6 +220,20 @@ class QFormer(nn.Module):
     def scale(self):
         """1 / temperature, the learned temperature kept in a sane range. At the start 1 / .07."""
         return 1 / self.temperature.clamp(0.001, 0.5)
+
+
+# ---- The baseline in its place -----------------------------------------------------------------------------------------
+
+class MLPEncoder(nn.Module):
+    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, K * hidden); no text ever shaped it. (N, E) -> (N, K, hidden)."""
+
+    def __init__(self, cf_dim, num_soft, hidden):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_soft * hidden))
+        self.num_soft, self.width = num_soft, hidden
+
+    def encode(self, cf):
+        return self.net(cf).view(len(cf), self.num_soft, -1)
 
 
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------

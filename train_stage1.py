@@ -29,8 +29,8 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from assets.bert import init_from_bert
-from data import InputError, load_dataset, run_script
-from ilm import autocast, from_pretrained, pick_device, precision
+from data import InputError, from_pretrained, load_dataset, run_script
+from ilm import autocast, pick_device, precision
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")

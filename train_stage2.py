@@ -24,15 +24,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from data import RANKING_TASKS, InputError, load_dataset, load_prompts
-from ilm import autocast, build_ilm, load_weights, precision, read_config
+from data import HISTORY, RANKING_TASKS, InputError, load_dataset, load_prompts, load_weights, read_config
+from ilm import build_ilm, precision
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
                           make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
                           start_processes, sum_over_processes)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
-HISTORY = 20  # OpenP5: histories are cut to the last 20 items
 
 
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
@@ -155,7 +154,7 @@ def held_out_losses(model, held_out, device):
     for kind, batches in held_out.items():
         values = [torch.zeros(0, dtype=torch.double)]
         for batch in batches[rank::world]:  # every user is validated once, by one process
-            with autocast(device):
+            with model.autocast():
                 nll = model(batch)[1].double().cpu()
             if kind == "text":
                 values.append(nll)
@@ -278,7 +277,7 @@ def main():
         targets, = sum_over_processes(sum(int((batch["label"] >= 0).sum()) for batch in batches))
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
-            with autocast(device), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
+            with model.autocast(), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
                 total, nll = parallel(batch)
                 scaler.scale(total * world / targets).backward()
             losses[str(kind)] = nll.detach().mean()

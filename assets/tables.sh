@@ -52,8 +52,9 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
     [ "$1" != ilm-shuffled ] || echo "--shuffle-cf"
 }
 
-search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; four are tried for each method
+search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
+    [ "$name" = toy ] || rates="1e-3 3e-3 1e-2"
     [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue

@@ -8,6 +8,7 @@ from conftest import ROOT, real
 
 import data
 import ilm
+from assets.chat import Chat
 from ilm import SOFT_BASE
 from train_stage2 import Examples, collate, pack
 
@@ -305,7 +306,7 @@ def test_a_real_checkpoint(make_ilm):
 @pytest.mark.parametrize("text", ["Describe {item}.", "{user:0} and {user:1}", "What would {user} like?", "{item:nobody}"])
 def test_a_mention_that_names_nothing_is_one_line(make_ilm, text):
     with pytest.raises(data.InputError):
-        ilm.answer(make_ilm(), text)
+        Chat(make_ilm()).answer(text)
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path):

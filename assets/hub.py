@@ -1,0 +1,59 @@
+"""What leaves the house: an ILM as a folder or a repository of the Hugging Face hub (huggingface_hub comes with transformers), and its
+soft tokens as an array. Neither the LLM nor the data go with it: config.json names them."""
+import inspect
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors.torch import save_file
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+# An Item-Language Model
+
+Item encoder and adapter that let a frozen LLM understand the items and users of a recommender (arXiv 2406.02844), trained on the
+prepared folder `{{ data }}` for the LLM `{{ llm }}` (method {{ method }}, {{ steps }} steps, seed {{ seed }}, learning rate {{ lr }}).
+Neither of the two is in here. The CF vectors of the prepared folder are part of the model: with others it does not work.
+
+```python
+from ilm import ILM
+model = ILM.from_pretrained("this repository or folder", data="prepared folder", llm="the LLM, where its name differs")
+print(model.recommend([0], [model.dataset.items_of(0)]))
+```
+"""
+
+
+class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "item-language-model", "arxiv:2406.02844"],
+               model_card_template=MODEL_CARD):
+    """ILM.from_pretrained, save_pretrained, push_to_hub."""
+
+    @torch.no_grad()
+    def export(self, path, chunk=4096):
+        """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
+        than `chunk` of them are in memory at a time."""
+        began, shape = time.time(), (len(self.cf), self.K, self.hidden)
+        with open(path, "wb") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):
+                f.write(self.soft_tokens(rows).float().cpu().numpy().tobytes())
+        return len(self.cf) / (time.time() - began)
+
+    def _save_pretrained(self, folder):
+        """As a run directory: config.json, which names the LLM and the prepared folder, and model.safetensors; neither LLM nor data."""
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        save_file({n: p.detach().cpu().contiguous() for n, p in self.saved_parameters().items()}, folder / "model.safetensors")
+
+    def generate_model_card(self, *args, **kwargs):
+        return super().generate_model_card(*args, **{k: self.config[k] for k in ("data", "llm", "method", "steps", "seed", "lr")}, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, data=None, llm=None, device=None, new=None, config=None, **download):
+        """ILM.from_pretrained(folder or hub id): `data`, `llm` replace the prepared folder and the LLM that its config.json names."""
+        known = inspect.signature(snapshot_download).parameters
+        run = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **{k: v for k, v in download.items() if k in known})
+        from ilm import load_ilm, pick_device
+        return load_ilm(run, pick_device(device), data, new, llm)
