@@ -22,7 +22,7 @@ Neither of the two is in here. The CF vectors of the prepared folder are part of
 ```python
 from ilm import ILM
 model = ILM.from_pretrained("this repository or folder", data="prepared folder", llm="the LLM, where its name differs")
-print(model.recommend([0], [model.dataset.items_of(0)]))
+print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=False)]))
 ```
 """
 
