@@ -143,8 +143,8 @@ def train(args):
     corpus = Corpus(data.load_dataset(args.data).items if args.data else data.toy_world(0)["items"], templates, args.seed)
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
-        num_attention_heads=5, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.mlp_width or 3 * args.width,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
@@ -212,6 +212,7 @@ if __name__ == "__main__":
     p.add_argument("--data", help="prepared folder whose items the LLM shall know [the toy world's]")
     p.add_argument("--out", default=str(HERE), help="folder to write [this one]")
     p.add_argument("--width", type=int, default=160, help="at least the number of items, or the head cannot tell them apart")
+    p.add_argument("--mlp-width", type=int, help="width inside the feed-forward [3 x --width]")
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--vocab", type=int, default=1024)
     p.add_argument("--steps", type=int, default=3000)
