@@ -23,29 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from assets.hub import Portable
-from data import SOFT, InputError, extend, from_pretrained, item_names, load_dataset, load_weights, read_config, run_script
+from data import (SOFT, InputError, autocast, extend, from_pretrained, item_names, load_dataset, load_weights, pick_device, precision,
+                  read_config, run_script)
 from qformer import MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
-
-
-# ---- Device and precision --------------------------------------------------------------------------------------------
-
-def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def precision(device):
-    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device):
-    dtype = precision(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
@@ -225,10 +208,12 @@ class ILM(nn.Module, Portable):
     def prompt_ids(self, template, user=None, history=(), items=(), named=True):
         """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
 
-        The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the
-        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is
-        a conversation, user and model in turn. A tokenizer's chat template, if there is one, is put around all."""
+        {item:7}, {user:7} and {history:7,8} say themselves whom they mean, by index (an item from add() has no name). The text is
+        tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
+        its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
+        conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
         tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
+        turns = [template] if isinstance(template, str) else template
         while True:
             entities, queue = [], list(items)
 
@@ -237,27 +222,32 @@ class ILM(nn.Module, Portable):
                 return SOFT * self.K if self.encoder is not None else ""
 
             def mention(item, named=True):
-                return (self.names[item] if named and not tokens_only else "") + soft(item)
+                return (self.names[item] if named and not tokens_only and item < self.num_items else "") + soft(item)
 
             def fill(match):
+                given = [int(i) for i in match[2].split(",")] if match[2] else None
                 if match[1] == "user":
-                    return f"user {soft(self.num_items + user) or self.dataset.users[user]}"
-                return (mention(queue.pop(0), named) or "this item") if match[1] == "item" else ", ".join(mention(int(i)) for i in history)
+                    person = given[0] if given else user
+                    return f"user {soft(self.num_items + person) or self.dataset.users[person]}"
+                if match[1] == "item":
+                    return mention(given[0] if given else queue.pop(0), named) or "this item"
+                return ", ".join(mention(int(i)) for i in given or history)
 
-            turns = [template] if isinstance(template, str) else template
-            turns = [re.sub(r"\{(user|history|item)\}", fill, turn.replace(SOFT, "")) for turn in turns]
-            text, chat = "\n".join(turns), self.tokenizer.chat_template
+            text = [re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, "")) for turn in turns]
+            chat = self.tokenizer.chat_template
             if chat:
-                turns = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
+                text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            else:
+                text = "".join(turn + (" ", self.tokenizer.eos_token)[k % 2] for k, turn in enumerate(text))[:-1]
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
                 assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
                 ids = [next(slots) if i == self.soft_id else i for i in ids]
-            if len(ids) + 64 <= self.context or not history:
+            if len(ids) + 64 <= self.context or not history and len(turns) < 3:
                 break
-            history = history[1:]
+            history, turns = history[1:], turns if history else turns[2:]
         if len(ids) >= self.context:
             raise InputError(f"a prompt of {len(ids)} tokens does not fit the LLM's context of {self.context}: {text[:60]!r}")
         return ids
@@ -404,6 +394,15 @@ class ILM(nn.Module, Portable):
         scores[found[0], found[1]] = found[2]
         return scores
 
+    def recommend(self, prompts, taken, k=10):
+        """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each prompt the items to leave out."""
+        mask = torch.zeros(len(prompts), self.num_items, dtype=torch.bool)
+        for row, items in zip(mask, taken):
+            row[list(items)] = True
+        with self.autocast():
+            scores = self.rank(prompts, self.names_trie, 0 if self.num_items <= 1000 else max(20, k), mask.to(self.cf.device))
+        return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
+
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=48, **kwargs):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
@@ -472,12 +471,9 @@ def main():
     args = p.parse_args()
     model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
     if args.export:
-        if model.encoder is None:
-            raise InputError(f"--export: {args.run} is a text-only run, without soft tokens")
         return print(f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second")
     from assets.chat import Chat
-    chat = Chat(model)
-    print(chat.answer(args.prompt)) if args.prompt else chat.converse()
+    Chat(model).answer(args.prompt) if args.prompt else Chat(model).converse()
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from assets.bert import init_from_bert
-from data import InputError, from_pretrained, load_dataset, run_script
-from ilm import autocast, pick_device, precision
+from data import InputError, autocast, from_pretrained, load_dataset, pick_device, precision, run_script
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
@@ -40,7 +39,7 @@ LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # con
 
 def add_training_args(p, out, steps, batch_size, lr):
     p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
-    p.add_argument("--out", default=out, help=f"run directory [{out}]")
+    p.add_argument("--out", help=f"run directory [out/NAME/{out}, NAME that of --data: out/toy/{out}]")
     p.add_argument("--steps", type=int, default=steps, help=f"optimizer steps [{steps}]")
     p.add_argument("--batch-size", type=int, default=batch_size, help=f"[{batch_size}]")
     p.add_argument("--lr", type=float, default=lr, help=f"peak, reached after 5 %% of the steps, then cosine to a tenth [{lr}]")
@@ -335,13 +334,14 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=1e-3)
+    add_training_args(p, "stage1", steps=250, batch_size=64, lr=1e-3)
     add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
     p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
     args = p.parse_args(argv)
+    args.out = args.out or f"out/{Path(args.data).name}/stage1"
     if args.steps < 1 or args.batch_size < 2 or not 0 < args.text_fraction <= 1:
         raise InputError("--steps must be at least 1, --batch-size at least 2, --text-fraction in (0, 1]")
     return args
