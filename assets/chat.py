@@ -66,7 +66,7 @@ class Chat:
         raise InputError(f"{len(found) or 'no'} titles have {part!r} in them" + (f"; did you mean {names}?" if near else ""))
 
     def mixture(self, terms):
-        """ "3*0.5+item:8*0.5" -> an entity between its items, one that does not exist (ELM's interpolation), or None if it is no mixture."""
+        """ID*0.5+item:ID*0.5 -> an entity between its items, one that does not exist (ELM's interpolation), or None if it is no mixture."""
         parts = [re.fullmatch(r"(.+)\*(-?\d*\.?\d+)", term) for term in terms.split("+item:")]
         if not all(parts):
             return None
@@ -132,7 +132,8 @@ class Chat:
         print("\n".join(map(self.name, range(len(self.items))[max(0, start - 1):][:20])) or f"there are {len(self.items)} items")
 
     def search(self, words):
-        found = [i for i, item in enumerate(self.items) if all(w in f"{item['title']} {item['text']}".lower() for w in words.lower().split())]
+        texts, words = [f"{item['title']} {item['text']}".lower() for item in self.items], words.lower().split()
+        found = [i for i, text in enumerate(texts) if all(word in text for word in words)]
         print("\n".join(map(self.name, found[:20])) + f"\n{len(found)} items" * (len(found) != 1))
 
     def show(self, mention):
@@ -146,8 +147,8 @@ class Chat:
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return True
-        actions = {"/help": lambda: print(HELP), "/list": lambda: self.list(rest), "/search": lambda: self.search(rest), "/new": self.turns.clear,
-                   "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest))}
+        actions = {"/help": lambda: print(HELP), "/list": lambda: self.list(rest), "/search": lambda: self.search(rest),
+                   "/new": self.turns.clear, "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest))}
         if line.startswith("/") and name not in actions:
             raise InputError(f"{name}: no such command; /help lists them")
         actions.get(name, lambda: self.answer(line))()

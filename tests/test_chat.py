@@ -143,7 +143,7 @@ def test_recommendations_leave_out_what_they_had_and_end_in_a_valid_list(chat, c
         chat.recommend("something")
 
 
-@pytest.mark.parametrize("text", ["Describe {item}.", "What would {user} like?", "{item:nobody}", "{item:}", "{movie:003}", "[no such title]"])
+@pytest.mark.parametrize("text", ["Describe {item}.", "What would {user} like?", "{item:nobody}", "{item:}", "{movie:003}", "[no title]"])
 def test_a_mention_that_names_nothing_is_one_line(chat, text):
     with pytest.raises(data.InputError):
         chat.answer(text)

@@ -144,8 +144,8 @@ def train(args):
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.mlp_width or 3 * args.width,
-        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, loss at step 0 about ln V = "
