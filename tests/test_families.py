@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
-import ilm
 from ilm import ILM, SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import collate, pack
@@ -37,6 +36,9 @@ FAMILIES = {
     "gemma3_text": (dict(HEADS, tie_word_embeddings=True, sliding_window=160), "replace", GEMMA),
     "t5": (dict(T5, feed_forward_proj="relu"), "unigram", None),                                             # tied; scales its logits
     "flan-t5": (dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False), "unigram", None),
+    "granite": (dict(SHAPE, embedding_multiplier=6.0, logits_scaling=0.5, tie_word_embeddings=True), "prepend", None),
+    "bart": (dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48,
+                  decoder_ffn_dim=48, init_std=0.2, decoder_start_token_id=1, forced_eos_token_id=None), "unigram", None),
     "TinyStories": (None, None, None),                                                                       # the real one
 }
 
@@ -50,12 +52,13 @@ def make_tokenizer(kind, chat):
     replace, space = normalizers.Replace(" ", "▁"), [decoders.Replace("▁", " "), decoders.Fuse()]
     first, always = (pre_tokenizers.Metaspace(prepend_scheme=scheme) for scheme in ("first", "always"))
     normalizer, splitter, decoder, processor = {
-        "bytes": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), None),                           # GPT-2
+        "bytes": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), None),                 # GPT-2, Qwen
         "prepend": (normalizers.Sequence([normalizers.Prepend("▁"), replace]), None,
-                    decoders.Sequence([*space, decoders.Strip(" ", 1, 0)]), bos),                                                # Llama 2
-        "metaspace": (None, first, decoders.Metaspace(prepend_scheme="first"), bos),                                             # Mistral 0.3
-        "replace": (replace, None, decoders.Sequence(space), bos),                                                               # Gemma
-        "unigram": (normalizers.NFKC(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), always]), decoders.Metaspace(), eos),
+                    decoders.Sequence([*space, decoders.Strip(" ", 1, 0)]), bos),                                      # Llama 2
+        "metaspace": (None, first, decoders.Metaspace(prepend_scheme="first"), bos),                                   # Mistral 0.3
+        "replace": (replace, None, decoders.Sequence(space), bos),                                                     # Gemma
+        "unigram": (normalizers.NFKC(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), always]),           # T5
+                    decoders.Metaspace(), eos),
     }[kind]
     if kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
@@ -186,6 +189,16 @@ def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(make):
     assert all(torch.equal(before[n], p) for n, p in model.llm.state_dict().items()) and all(p.grad is None for p in model.llm.parameters())
 
 
+@torch.no_grad()
+def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(make):
+    model = make()
+    reader = model.llm.get_encoder() if model.seq2seq else model.llm.base_model
+    states = lambda embeddings: reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+    loudness = lambda state: state.pow(2).mean(-1).sqrt().median()
+    words = loudness(states(model.embed(torch.tensor([sum(model.name_ids[:64], [])[:256]])))[1])
+    assert 0.75 < loudness(states(model.soft_tokens(torch.arange(120)).flatten(0, 1)[None])[0]) / words < 1.33
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_the_trie_ranks_as_the_llm_does_by_brute_force(make, renormalize):
     model = make()
@@ -203,6 +216,8 @@ def test_it_writes_what_the_llm_finds_likeliest(make):
         while len(out) < 5 and model.tokenizer.eos_token_id not in out:
             out.append(own_log_p(model, prompt, [[*out, 0]])[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
+    model.llm.generation_config.eos_token_id = [3, out[0]]  # a chat model may know several ends
+    assert model.generate([prompt], max_new_tokens=5) == [model.tokenizer.decode(out[:1], skip_special_tokens=True).strip()]
 
 
 def test_a_saved_model_gives_the_same_scores_bitwise(make, tmp_path):
@@ -241,12 +256,13 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(make):
     if model.tokenizer.chat_template:  # the template in place of what the tokenizer would add, once, and the name begins the reply
         turn = [{"role": "user", "content": "The next one:"}]
         text = model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        assert "_start" in text and tokenize(text) == prompt and tokenize(text + name) == prompt + model.name_ids[3][:-1]
-        two = model.tokenizer.decode(model.prompt_ids(["one {item}", "two", "three"], items=[3]))
-        assert [two.count(word) for word in ("one", "two", "three", "assistant\n", "model\n")][:3] == [1, 1, 1]
+        assert "start" in text and tokenize(text) == prompt and tokenize(text + name) == prompt + model.name_ids[3][:-1]
+        talk = model.tokenizer.decode(model.prompt_ids(["one", "two", "three"]))
+        assert [talk.count(part) for part in ("one", "two", "three", "user\n")] == [1, 1, 1, 2]
+        assert talk.count("<|im_start|>assistant\n") + talk.count("<start_of_turn>model\n") == 2
     elif model.seq2seq:
         assert prompt == tokenize("The next one:", True) and prompt[-1] == eos and model.name_ids[3][:-1] == tokenize(name)
-    else:
+    elif not any("▁" in token[1:] for token in model.tokenizer.get_vocab()):  # TinyStories' pieces span words: there is no cut between
         assert prompt + model.name_ids[3][:-1] == tokenize("The next one: " + name, True)
     assert prompt.count(model.tokenizer.bos_token_id) == (model.tokenizer.bos_token_id is not None)
 
@@ -266,11 +282,26 @@ def test_the_llm_trains_fully_or_not_at_all_and_it_is_printed(make, tmp_path, ca
     assert torch.equal(scores_of(load_ilm(tmp_path, torch.device("cpu"))), scores_of(model))
 
 
+def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make, monkeypatch):
+    wanted = scores_of(make())
+    for dtype in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr("ilm.precision", lambda device: dtype)
+        model, trained = make(), make(train_llm=True)
+        assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32) and trained.llm.dtype == torch.float32
+        assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa
+        with model.autocast():
+            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not model.seq2seq)  # fp16 is nothing for T5
+            scores = scores_of(model)
+        close(scores.exp().sum(1), torch.ones(3), atol=1e-3)
+        assert torch.corrcoef(torch.stack([scores.flatten(), wanted.flatten()]))[0, 1] > 0.98
+
+
 # ---- What no checkpoint may do -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("known", [False, True])
-def test_code_in_a_checkpoint_never_runs(make_ilm, tmp_path, known):
+def test_code_in_a_checkpoint_never_runs(make_ilm, tmp_path, monkeypatch, known):
     """A type that transformers does not know is refused in one line, unasked; for one that it knows its own code is used."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     write_checkpoint(tmp_path, "llama")
     bomb = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Words: pass\n"
     (tmp_path / "bomb.py").write_text(bomb)
