@@ -345,8 +345,8 @@ class ILM(nn.Module, Portable):
 
     def pad(self, prompts):
         """Prompts -> ids, mask (B, L), positions: padded on the left, to end where generation goes on; for an encoder on the right."""
-        pads = [[0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts]
-        pad = lambda rows: torch.tensor([r + p if self.seq2seq else p + r for r, p in zip(rows, pads)], device=self.cf.device)
+        side = "right" if self.seq2seq else "left"
+        pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(self.cf.device)
         mask = pad([[1] * len(p) for p in prompts])
         return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
 

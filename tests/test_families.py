@@ -1,5 +1,6 @@
 """Every type of LLM through the same seam: tiny random checkpoints, saved to disk and loaded by path as --llm does."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ilm import ILM, SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import collate, pack
 
+close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 SEQUENTIAL = "History of {user}: {history}. Recommend the next one:"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -60,20 +62,18 @@ def make_tokenizer(kind, chat):
         "unigram": (normalizers.NFKC(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), always]),           # T5
                     decoders.Metaspace(), eos),
     }[kind]
+    settings = dict(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else [], **settings)
     if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
-    else:
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-        alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="<unk>", **settings)
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoder
     tokenizer.train_from_iterator([" " * (kind in ("bytes", "replace")) + word for word in words], trainer)
     if processor:
         tokenizer.post_processor = processor
-    names = {"eos_token": "</s>"} | ({"bos_token": "<s>"} if processor is bos else {}) | ({} if kind == "bytes" else {"unk_token": "<unk>"})
-    pad = {"pad_token": "<pad>"} if chat or kind in ("replace", "unigram") else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **names, **pad)
+    names = dict(eos_token="</s>", bos_token="<s>" if processor is bos else None, unk_token=None if kind == "bytes" else "<unk>",
+                 pad_token="<pad>" if chat or kind in ("replace", "unigram") else None)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **names)
 
 
 def write_checkpoint(folder, family):
@@ -157,10 +157,6 @@ def prompts_of(model):
 
 def scores_of(model, prompts=None):
     return model.rank(prompts or prompts_of(model), model.trie())
-
-
-def close(a, b, atol=1e-4):
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
 
 
 def train(model, steps, lr=0.02):
