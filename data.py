@@ -68,11 +68,11 @@ def autocast(device):
 # ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
 
 def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line."""
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code in a checkpoint never runs."""
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 

@@ -89,8 +89,8 @@ def best_of_each(user, score, n):
 
 
 def additive(may_attend, dtype):
-    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, which every implementation of it accepts."""
-    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, torch.finfo(dtype).min)
+    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, finite in every type that autocast may choose."""
+    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, -3e4)
 
 
 # ---- Packed rows: several examples in one sequence (train_stage2.pack) ------------------------------------------------
@@ -171,9 +171,10 @@ class ILM(nn.Module, Portable):
             raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
         else:
             hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
-        if not torch.allclose(whole, ours := self.head(hidden), rtol=0.02, atol=0.02):
-            self.logit_scale = float((whole * ours).sum() / (ours * ours).sum())
-            if not torch.allclose(whole, self.head(hidden), rtol=0.02, atol=0.02):
+        differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
+        if differ():
+            self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
+            if differ():
                 raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
 
     def autocast(self):
@@ -186,9 +187,10 @@ class ILM(nn.Module, Portable):
         pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
         A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:256]], device=self.cf.device)
-        reader = self.llm.get_encoder() if self.seq2seq else self.llm.base_model
-        states = reader(ids, output_hidden_states=True).hidden_states
-        words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median()
+        reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
+        states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+        gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
+        words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
@@ -253,7 +255,10 @@ class ILM(nn.Module, Portable):
         return ids
 
     def target_ids(self, text):
-        return self.tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        """What follows a prompt: after a space, unless it is the reply in a chat, or the tokenizer puts one before every text."""
+        ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        space = "" if self.tokenizer.chat_template or ids("a a") == 2 * ids("a") else " "
+        return ids(space + text) + [self.tokenizer.eos_token_id]
 
     # -- forward
 
@@ -292,7 +297,7 @@ class ILM(nn.Module, Portable):
     def decode_branches(self, batch):
         """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden), labels (N,), nodes (N,)."""
         prompts, targets, nodes = zip(*unpacked(batch))
-        ids, mask, _ = self.left_pad([p.tolist() for p in prompts])
+        ids, mask, _ = self.pad([p.tolist() for p in prompts])
         states = self.encode_prompts(self.embed(ids), mask)
         start = torch.tensor([self.llm.config.decoder_start_token_id], device=ids.device)
         label, node = (nn.utils.rnn.pad_sequence(x, True, -100) for x in (targets, nodes))
@@ -301,12 +306,8 @@ class ILM(nn.Module, Portable):
 
     def head(self, hidden, tokens=None):
         """Logits (N, V), or of some tokens alone."""
-        out = self.llm.get_output_embeddings()
-        if tokens is None:
-            logits = out(hidden).float() * self.logit_scale
-        else:
-            bias = None if out.bias is None else out.bias[tokens]
-            logits = nn.functional.linear(hidden, out.weight[tokens], bias).float() * self.logit_scale
+        out, rows = self.llm.get_output_embeddings(), slice(None) if tokens is None else tokens
+        logits = nn.functional.linear(hidden, out.weight[rows], None if out.bias is None else out.bias[rows]).float() * self.logit_scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def forward(self, batch):
@@ -332,10 +333,10 @@ class ILM(nn.Module, Portable):
     def trie(self, renormalize=True):
         return self.names_trie if renormalize else Trie(self.name_ids, False).to(self.cf.device)
 
-    def left_pad(self, prompts):
-        """Prompts of unequal length -> ids, mask (B, L), positions: real tokens end at the right, where generation goes on."""
-        L = max(map(len, prompts))
-        pad = lambda rows: torch.tensor([[0] * (L - len(row)) + row for row in rows], device=self.cf.device)
+    def pad(self, prompts):
+        """Prompts -> ids, mask (B, L), positions: padded on the left, to end where generation goes on; for an encoder on the right."""
+        side = "right" if self.seq2seq else "left"
+        pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(self.cf.device)
         mask = pad([[1] * len(p) for p in prompts])
         return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -346,7 +347,7 @@ class ILM(nn.Module, Portable):
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
         taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
-        ids, sees, position = self.left_pad(prompts)
+        ids, sees, position = self.pad(prompts)
         B, device, beams = len(ids), ids.device, beams or trie.num_items
         if self.seq2seq:
             states, sees = self.encode_prompts(self.embed(ids), sees)
@@ -404,13 +405,12 @@ class ILM(nn.Module, Portable):
         return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=48, **kwargs):
+    def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
-        ids, mask, _ = self.left_pad(prompts)
-        end = self.tokenizer.eos_token_id
-        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                eos_token_id=end, pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-                                **kwargs)
+        (ids, mask, _), end, pad = self.pad(prompts), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        ends = self.llm.generation_config.eos_token_id  # a list where a chat model ends its turns in another way
+        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **more,
+                                eos_token_id=[end, *ends] if isinstance(ends, list) else end, pad_token_id=end if pad is None else pad)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def saved_parameters(self):
@@ -433,11 +433,11 @@ def make_encoder(config, cf_dim, hidden):
 
 
 def build_ilm(config, dataset, device):
-    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. The LLM is in bf16 where the device has it,
-    else in fp32; its attention is transformers' default, sdpa where the type allows it."""
+    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. A frozen LLM is in bf16 where the device has
+    it, else in fp32, like one that trains (a step is lost in bf16's rounding). Attention: transformers' choice, sdpa where the type can."""
     seq2seq = from_pretrained(AutoConfig, config["llm"], "--llm").is_encoder_decoder
     llm = from_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config["llm"], "--llm",
-                          dtype=torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32)
+                          dtype=torch.float32 if config["train_llm"] or precision(device) != torch.bfloat16 else torch.bfloat16)
     tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
     if tokenizer.eos_token_id is None:
         raise InputError(f"--llm {config['llm']}: its tokenizer has no end token; set eos_token in tokenizer_config.json")

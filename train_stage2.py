@@ -192,7 +192,7 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=int, default=2, help="micro-batches a step, each of one kind; averaged by target tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
     p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
-    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id, decoder-only or encoder-decoder [assets/toy_llm]")
+    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]")
     p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
     p.add_argument("--item-names", default="title", metavar="title|random|FILE",
                    help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]")
