@@ -299,7 +299,7 @@ class ILM(nn.Module, Portable):
         prompts, targets, nodes = zip(*unpacked(batch))
         ids, mask, _ = self.pad([p.tolist() for p in prompts])
         states = self.encode_prompts(self.embed(ids), mask)
-        start = torch.tensor([self.llm.config.decoder_start_token_id], device=ids.device)
+        start = torch.tensor([self.llm.generation_config.decoder_start_token_id], device=ids.device)
         label, node = (nn.utils.rnn.pad_sequence(x, True, -100) for x in (targets, nodes))
         hidden = self.decode(nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states)
         return hidden[label >= 0], label[label >= 0], node[label >= 0]
@@ -351,7 +351,7 @@ class ILM(nn.Module, Portable):
         B, device, beams = len(ids), ids.device, beams or trie.num_items
         if self.seq2seq:
             states, sees = self.encode_prompts(self.embed(ids), sees)
-            path = torch.full((B, 1), self.llm.config.decoder_start_token_id, device=device)
+            path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
             hidden = self.decode(path, states, sees)
         else:
             hidden, cache = self.body(self.embed(ids), sees, position, DynamicCache(), use_cache=True)

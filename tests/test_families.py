@@ -133,20 +133,19 @@ def own_log_p(model, prompt, targets):
     return model.llm(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
 
 
-def brute_force(model, prompt, renormalize):
-    """The score of every name by definition: the sum of log p over its tokens and its end token, p divided among the tokens that any
-    name has there, or among all."""
-    names, scores, allowed = model.name_ids, torch.zeros(len(model.name_ids)), {}
+def brute_force(model, prompt):
+    """The score of every name by definition, (I,): the sum of log p over its tokens and its end token. Twice: with p divided among the
+    tokens that any name has there, and among all."""
+    names, divided, whole, allowed = model.name_ids, *torch.zeros(2, len(model.name_ids)), {}
     for name in names:
         for k, token in enumerate(name):
             allowed.setdefault(tuple(name[:k]), set()).add(token)
     for length in {len(name) for name in names}:
         rows = [i for i, name in enumerate(names) if len(name) == length]
         for i, log_p in zip(rows, own_log_p(model, prompt, [names[i] for i in rows])):
-            for k, token in enumerate(names[i]):
-                rest = sorted(allowed[tuple(names[i][:k])]) if renormalize else slice(None)
-                scores[i] += log_p[k, token] - log_p[k, rest].logsumexp(0)
-    return scores
+            whole[i] = log_p[range(length), names[i]].sum()
+            divided[i] = whole[i] - sum(log_p[k, list(allowed[tuple(names[i][:k])])].logsumexp(0) for k in range(length))
+    return divided, whole
 
 
 def prompts_of(model):
@@ -180,8 +179,8 @@ def train(model, steps, lr=0.02):
 def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(make):
     model = make()
     before = {n: p.clone() for n, p in model.llm.state_dict().items()}
-    first, last = train(model, 40)
-    assert last < 0.5 * first, (first, last)
+    first, last = train(model, 30)
+    assert last < 0.6 * first, (first, last)
     assert all(torch.equal(before[n], p) for n, p in model.llm.state_dict().items()) and all(p.grad is None for p in model.llm.parameters())
 
 
@@ -195,13 +194,13 @@ def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(m
     assert 0.75 < loudness(states(model.soft_tokens(torch.arange(120)).flatten(0, 1)[None])[0]) / words < 1.33
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_the_trie_ranks_as_the_llm_does_by_brute_force(make, renormalize):
+def test_the_trie_ranks_as_the_llm_does_by_brute_force(make):
     model = make()
     prompts = prompts_of(model)
-    scores = model.rank(prompts, model.trie(renormalize))
-    assert scores.std() > 0.05  # there is something to get wrong
-    close(scores, torch.stack([brute_force(model, prompt, renormalize) for prompt in prompts]))
+    for renormalize, wanted in zip((True, False), zip(*(brute_force(model, prompt) for prompt in prompts))):
+        scores = model.rank(prompts, model.trie(renormalize))
+        assert scores.std() > 0.05  # there is something to get wrong
+        close(scores, torch.stack(wanted))
 
 
 def test_it_writes_what_the_llm_finds_likeliest(make):
@@ -274,22 +273,24 @@ def test_the_llm_trains_fully_or_not_at_all_and_it_is_printed(make, tmp_path, ca
     train(model, 1, lr=1e-3)
     changed = {n for n, p in model.llm.named_parameters() if not torch.equal(before[n], p)}
     assert changed == (set(before) if train_llm else set())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(scores_of(load_ilm(tmp_path, torch.device("cpu"))), scores_of(model))
+    if train_llm:  # then it is part of the run
+        model.save_pretrained(tmp_path)
+        assert torch.equal(scores_of(load_ilm(tmp_path, torch.device("cpu"))), scores_of(model))
 
 
 def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make, monkeypatch):
     wanted = scores_of(make())
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float16, torch.bfloat16):
         monkeypatch.setattr("ilm.precision", lambda device: dtype)
-        model, trained = make(), make(train_llm=True)
-        assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32) and trained.llm.dtype == torch.float32
+        model = make()
+        assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa
         with model.autocast():
             assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not model.seq2seq)  # fp16 is nothing for T5
             scores = scores_of(model)
         close(scores.exp().sum(1), torch.ones(3), atol=1e-3)
         assert torch.corrcoef(torch.stack([scores.flatten(), wanted.flatten()]))[0, 1] > 0.98
+    assert make(train_llm=True).llm.dtype == torch.float32  # a step of AdamW is less than bf16 can tell apart
 
 
 # ---- What no checkpoint may do -----------------------------------------------------------------------------------------
