@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on the path, a small prepared toy data set, a small ILM on the shipped toy LLM."""
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at h
 
 import data  # noqa: E402
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

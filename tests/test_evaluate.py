@@ -160,7 +160,7 @@ def test_from_nothing_to_the_table(tmp_path):
     assert script("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
     done = subprocess.run([sys.executable, str(ROOT / "ilm.py")], cwd=tmp_path, input="Hello {item:999}\nDescribe {item:003}.\n\n",
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "no item with the id '999'" in done.stdout and not done.stderr
+    assert done.returncode == 0 and "no item has the id '999'" in done.stdout and not done.stderr
 
 
 def test_every_readme_command_parses():
