@@ -62,7 +62,7 @@ def test_sasrec_learns_what_follows_what():
         eligible = lambda self: np.arange(40)
         items_of = lambda self, u, split: (np.arange(9) + u) % 12
     right = lambda score: sum(i == (u + 9) % 12 for u, i in enumerate(score(range(12), "test").argmax(1).tolist()))
-    assert right(train_sasrec(Cycle(), right, steps=1000)) >= 11  # of 12; chance: 1
+    assert right(train_sasrec(Cycle(), right, steps=400)) >= 11  # of 12; chance: 1
 
 
 def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
