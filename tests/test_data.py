@@ -172,7 +172,7 @@ def test_a_changed_file_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("files, argv, message", [
     ({}, ["--dataset", "movielens", "--source", "."], "grouplens.org"),
-    ({"u.data": "1\t2\t3\t4\n1\tx\t3\t4\n", "u.item": "2|A|b\n"}, ["--dataset", "movielens", "--source", "."], "row 1"),
+    ({"u.data": "1\t2\t3\t4\n1\tx\t3\t4\n", "u.item": "2|A|b\n"}, ["--dataset", "movielens", "--source", "."], "u.data, line 2"),
     ({"interactions.csv": "user,item\na,b\n"}, ["--dataset", "csv", "--source", "."], "no column timestamp"),
     ({"interactions.csv": "user,item,timestamp\na,b,noon\n"}, ["--dataset", "csv", "--source", "."], "line 2: timestamp 'noon'"),
     ({"user_sequence.txt": "u 1 2 3\nv\n"}, ["--dataset", "openp5", "--source", "."], "user_sequence.txt, line 2"),
