@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from assets.guard import InputError, Parser, end_move, number, printable, reading, run_script, write_atomically
+from assets.guard import InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
 from assets.readers import MOVIELENS_URL, find, load_cf, read_csv, read_items, read_movielens, read_openp5
 from assets.toy_world import toy_interactions, toy_world
 
@@ -77,6 +77,17 @@ def read_config(run, kind=None):
 
 
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
+
+def fingerprint(dataset):
+    """What a run's config.json keeps to know its data set again: counts, and some CF numbers (equal up to rounding on other machines)."""
+    return [len(dataset.items), len(dataset.users), *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+
+
+def check_fingerprint(config, dataset, run):
+    before, now = config.get("fingerprint"), fingerprint(dataset)
+    if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
+        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
+
 
 @dataclass
 class Dataset:
@@ -407,11 +418,11 @@ def parse_args(argv=None):
     p.add_argument("--items", help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)")
     p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
     p.add_argument("--cf", help="your own CF vectors (.npz with user and item) in place of ALS")
-    p.add_argument("--cf-dim", type=number(int, 1, 4096), default=24, help="width E of the CF vectors [24]")
-    p.add_argument("--min-count", type=number(int, 1), default=5, help="drop users and items with fewer interactions, iterated [5]")
-    p.add_argument("--max-users", type=number(int, 1), help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
-    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="users and interactions of the toy world, start of ALS [0]")
-    p.add_argument("--world-seed", type=number(int, 0, 2**32 - 1), default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
+    p.add_argument("--cf-dim", type=within(int, 1, 4096), default=24, help="width E of the CF vectors [24]")
+    p.add_argument("--min-count", type=within(int, 1), default=5, help="drop users and items with fewer interactions, iterated [5]")
+    p.add_argument("--max-users", type=within(int, 1), help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
+    p.add_argument("--seed", type=a_seed, default=0, help="users and interactions of the toy world, start of ALS [0]")
+    p.add_argument("--world-seed", type=a_seed, default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
     args = p.parse_args(argv)
     if args.dataset != "toy" and not args.source:
         raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")

@@ -1,7 +1,7 @@
 """What stands between the scripts and the world: flags, files, signals, messages. No machine learning here.
 
-Promised, and tested in tests/test_robustness.py and tests/test_interruption.py: a user's mistake, an unreadable file, a full disk (status 2)
-and a signal (status 130 or 143) each end in one line on stderr; files change all together or not at all, also under kill -9."""
+Promised, and tested in tests/test_robustness.py and tests/test_interruption.py: a user's mistake, an unreadable file or a full disk
+(status 2) and a signal (status 130 or 143) end in one line on stderr; files change all together or not at all, also under kill -9."""
 import argparse
 import math
 import os
@@ -11,9 +11,11 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
+signals = SimpleNamespace(gently=False, came=None)  # gently: a first signal is noted here and waits for the end of a training step
 # Terminal escapes and other controls, overrides of the writing direction, halves of UTF-16 pairs (which no file can hold)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -36,12 +38,16 @@ def printable(text):
 def run_script(main):
     """Run a script's main(): a user's mistake or a signal becomes one line on stderr, never a traceback."""
     def stop(number, _):
+        if signals.gently and not signals.came:
+            signals.came = number
+            return
         raise Interrupted(number, "what stood there before is kept; run the same command again, a training run with --resume")
 
     def leave(message, status):
         print(printable(message), file=sys.stderr)
         raise SystemExit(status) from None
 
+    signals.gently, signals.came = False, None
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs ignore Ctrl-C: so do we
             signal.signal(number, stop)
@@ -60,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help explains every flag")
 
 
-def number(kind, low, high=math.inf):
+def within(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high. Neither end nor anything between is nan."""
     def convert(text):
         value = kind(text)
@@ -69,6 +75,9 @@ def number(kind, low, high=math.inf):
         return value
     convert.__name__ = kind.__name__
     return convert
+
+
+a_seed = within(int, 0, 2**32 - 1)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -115,6 +124,13 @@ def write_atomically(folder, write, keep=False):
         with suppress(OSError):
             folder.rmdir()  # succeeds if it is empty, and so was made in vain
     end_move(folder)
+
+
+def drop_previous(folder):
+    """What write_atomically kept is kept no more; the name goes first, so that no half of it is ever there."""
+    with suppress(FileNotFoundError):
+        os.rename(Path(folder) / "previous", Path(folder) / "tmp-new")
+        shutil.rmtree(Path(folder) / "tmp-new")
 
 
 def end_move(folder):

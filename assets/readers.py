@@ -64,9 +64,8 @@ def first_bad_line(path, separator):
                 break
         except (ValueError, IndexError):
             break
-    wanted = separator.join(("userId", "movieId", "rating", "timestamp") if separator == "," else ("user", "item", "rating", "timestamp"))
-    return InputError(f"{path}, line {number}: expected {printable(wanted)} ({separator!r} between them, all but the rating numbers from 0); "
-                      "mend or remove the line")
+    wanted = "the header userId,movieId,rating,timestamp and then such lines" if separator == "," else "user, item, rating, timestamp"
+    return InputError(f"{path}, line {number}: expected {wanted}, with {separator!r} between them; mend or remove the line")
 
 
 def read_openp5(source):
@@ -76,7 +75,7 @@ def read_openp5(source):
         for number, line in enumerate(f, 1):
             user, *sequence = (clean_id(x, path, number) for x in line.split() or [""])
             if not sequence or user in seen:
-                why = f"user {user} has line {seen[user]} already" if user in seen else "a user id and item ids separated by spaces expected"
+                why = f"user {user} has line {seen[user]} already" if user in seen else "expected a user id and item ids, spaces between"
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
             seen[user] = number
             pairs += [(user, item) for item in sequence]
@@ -128,6 +127,8 @@ def table_rows(path, required=()):
 
 def read_items(path):
     """An item table -> {id: {"title", "text", "attributes"}}. MovieLens's three shapes, or csv, tsv, jsonl with a header."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)")
     table = {}
     for number, key, item in movielens_items(path) if path.suffix in (".item", ".dat") else other_items(path):
         if (key := clean_id(key, path, number)) in table:
@@ -138,10 +139,12 @@ def read_items(path):
 
 def movielens_items(path):
     """Yield (line number, id, item). The encoding is Latin-1, where a byte order mark does not say otherwise."""
-    separator, raw = "|" if path.suffix == ".item" else "::", path.read_bytes()
-    with reading(path, "write it again as UTF-8 or Latin-1"):
-        lines = raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "latin-1").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines if raw else [], 1):
+    separator, encoding = "|" if path.suffix == ".item" else "::", "latin-1"
+    with open(path, "rb") as f:
+        encoding = "utf-8-sig" if f.read(3) == b"\xef\xbb\xbf" else encoding
+    with reading(path, "write it again as UTF-8"):
+        lines = path.read_text(encoding=encoding).split("\n")
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         fields = line.split(separator)
         if len(fields) < 3:
             raise InputError(f"{path}, line {number}: expected fields separated by {separator!r}; mend or remove the line")

@@ -1,6 +1,10 @@
 """Shared by all tests: the repository on the path, a small prepared toy data set, a small ILM on the shipped toy LLM."""
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,15 @@ SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at h
 import data  # noqa: E402
 
 torch.set_num_threads(2)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; runs only if it is asked for, by `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +49,24 @@ def make_ilm(toy):
         torch.manual_seed(0)
         return build_ilm(made | config, dataset, torch.device("cpu")).eval()
     return make
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
+    folder = tmp_path_factory.mktemp("forked")
+    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert server.stdout.readline() == "ready\n"
+
+    def call(name, *argv, cwd=ROOT, **options):
+        options |= {"script": name, "argv": [*map(str, argv)], "cwd": str(cwd), "out": str(folder / "out"), "err": str(folder / "err")}
+        print(json.dumps(options), file=server.stdin, flush=True)
+        status = json.loads(server.stdout.readline())
+        return SimpleNamespace(returncode=status, stdout=(folder / "out").read_text(), stderr=(folder / "err").read_text())
+    yield call
+    server.stdin.close()
+    server.wait()
 
 
 def real(path):
