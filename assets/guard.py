@@ -94,36 +94,52 @@ def reading(path, remedy):
         raise InputError(f"{path}: {type(error).__name__}: {reason}; {remedy}") from None
 
 
+class WriteError(OSError):
+    """A full disk, a folder that cannot be written."""
+
+
+@contextmanager
+def writing(path, *kinds):
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, *kinds) as error:
+        raise WriteError(f"{path} cannot be written, what stood there is kept ({error}); free some space or name another place") from None
+
+
 def write_file(path, write):
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own words for a full disk
-        raise OSError(f"{path} cannot be written, what stood there is kept ({error}); free some space or name another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path, RuntimeError, SafetensorError):  # torch and safetensors have their own words for a full disk
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_atomically(folder, write, keep=False):
     """Let write(a new folder) make some files, then move them all into `folder`. Killed before the new folder is called tmp-ready,
     nothing has changed; killed after it, the next reader or writer ends the move. What else stands in `folder` stays there. keep: the
     files that get replaced go to `previous`, if there is none yet."""
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    end_move(folder)
-    shutil.rmtree(fresh := folder / "tmp-new", ignore_errors=True)
-    try:
-        fresh.mkdir()
-        write(fresh)
-        if keep and not (folder / "previous").exists():
-            (fresh / "previous").mkdir()
-        os.rename(fresh, folder / "tmp-ready")
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        with suppress(OSError):
-            folder.rmdir()  # succeeds if it is empty, and so was made in vain
-    end_move(folder)
+    fresh = (folder := Path(folder)) / "tmp-new"
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            end_move(folder)
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            write(fresh)
+            if keep and not (folder / "previous").exists():
+                (fresh / "previous").mkdir()
+            os.rename(fresh, folder / "tmp-ready")
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            with suppress(OSError):
+                folder.rmdir()  # succeeds if it is empty, and so was made in vain
+        end_move(folder)
 
 
 def drop_previous(folder):

@@ -3,6 +3,7 @@
 The slow test (40 kills at random moments, minutes) runs only with -m slow."""
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -105,10 +106,7 @@ def test_data_killed_at_every_change_of_a_file(script, work, tmp_path):
     assert script("data.py", *argv, tmp_path / "new" / "toy", cwd=work).returncode == 0
     old, new, seen = tree(work / "data" / "toy"), tree(tmp_path / "new" / "toy"), set()
     for count in range(1, 60):
-        folder = tmp_path / str(count) / "toy"
-        folder.mkdir(parents=True)
-        for f in (work / "data" / "toy").iterdir():
-            (folder / f.name).write_bytes(f.read_bytes())
+        shutil.copytree(work / "data" / "toy", folder := tmp_path / str(count) / "toy")
         (folder / "notes.txt").write_text("mine")  # what is not ours stays
         done = script("data.py", *argv, folder, cwd=work, kill_at=count)
         assert done.returncode in (0, -9), done
@@ -144,10 +142,7 @@ def test_training_killed_at_a_change_of_a_file(script, work, tmp_path, name, str
     old, new = outcome(work / name[:-3]), outcome(tmp_path / "new")
     for count in range(1, 99, stride):
         run = tmp_path / str(count)
-        for f in (work / name[:-3]).rglob("*"):
-            if f.is_file():
-                (run / f.relative_to(work / name[:-3])).parent.mkdir(parents=True, exist_ok=True)
-                (run / f.relative_to(work / name[:-3])).write_bytes(f.read_bytes())
+        shutil.copytree(work / name[:-3], run)
         done = script(name, *argv, run, cwd=work, kill_at=count)
         assert done.returncode in (0, -9), done
         seed = load(name, run)
@@ -208,16 +203,25 @@ def test_killed_at_40_random_moments(script, work, tmp_path):
 # -- a full disk, a folder that cannot be written
 
 
-@pytest.mark.parametrize("name, argv, limit, word", [
-    ("data.py", ["--max-users", 60, "--seed", 1], 50_000, "File too large"),
-    ("train_stage1.py", [*STAGES["train_stage1.py"], "--seed", 1, "--out", "train_stage1"], 100_000, "cannot be written"),
-    ("train_stage1.py", [*STAGES["train_stage1.py"], "--seed", 1, "--out", "train_stage1"], 500_000, "cannot be written"),  # state.pt
-    ("train_stage2.py", [*STAGES["train_stage2.py"], "--seed", 1, "--out", "train_stage2"], 10_000, "cannot be written"),
-    ("evaluate.py", ["--run", "train_stage2", *EVALUATE, "--split", "valid"], 500, "cannot be written")])
-def test_a_full_disk_is_one_line_and_keeps_what_was_there(script, work, name, argv, limit, word):
+@pytest.mark.parametrize("name, argv, limit", [
+    ("data.py", ["--max-users", 60, "--seed", 1], 50_000),
+    ("train_stage1.py", [*STAGES["train_stage1.py"], "--seed", 1, "--out", "train_stage1"], 100_000),
+    ("train_stage2.py", [*STAGES["train_stage2.py"], "--seed", 1, "--out", "train_stage2"], 10_000),
+    ("evaluate.py", ["--run", "train_stage2", *EVALUATE, "--split", "valid"], 500)])
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(script, work, name, argv, limit):
     before = tree(work)
-    one_line(script(name, *argv, cwd=work, largest_file=limit), 2, "error: ", word)
+    one_line(script(name, *argv, cwd=work, largest_file=limit), 2, "error: ", "cannot be written", "free some space")
     assert tree(work) == before and not [f for f in work.rglob("*tmp-*")]
+
+
+def test_a_disk_that_fills_up_at_the_second_checkpoint(script, work, tmp_path):
+    """The optimizer's moments make state.pt grow: the first checkpoint of the new run stays, the old run as well."""
+    name, run = "train_stage1.py", tmp_path / "run"
+    shutil.copytree(work / "train_stage1", run)
+    argv = [*STAGES[name], "--seed", 1, "--out", run]
+    one_line(script(name, *argv, cwd=work, largest_file=500_000), 2, "state.pt cannot be written")
+    assert load(name, run) == 1 and outcome(run / "previous") == outcome(work / "train_stage1")
+    assert script(name, *argv, "--resume", cwd=work).returncode == 0 and not (run / "previous").exists()
 
 
 def test_half_a_line_of_a_log_is_no_line(script, work, tmp_path):
