@@ -41,13 +41,19 @@ def read_movielens(source):
     path = find(source, ["u.data", "ratings.dat", "ratings.csv"], "movielens")
     separator = {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix]
     with open(path, encoding="utf-8-sig") as f:
-        rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
         try:
-            if separator == "," and not next(rows, "").lower().startswith("userid,movieid,"):
+            if separator == "," and not f.readline().lower().startswith("userid,movieid,"):
                 raise ValueError("no header")
+            begin = f.tell()
+            if not f.read(1):
+                raise InputError(f"{path}: no interactions in it; unpack it again")
+            f.seek(begin)
+            rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
             table = np.loadtxt(rows, delimiter=separator.replace("::", "\t"), usecols=(0, 1, 3), ndmin=2, comments=None)
-            if not (np.isfinite(table) & (table >= 0) & (table < 2**53)).all():
+            if not (np.isfinite(table) & (table >= 0) & (table < 2**53)).all() or (table[:, :2] % 1).any():
                 raise ValueError("a number out of range")
+        except InputError:
+            raise
         except ValueError:
             raise first_bad_line(path, separator) from None
     return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
@@ -55,12 +61,12 @@ def read_movielens(source):
 
 def first_bad_line(path, separator):
     """Only where numpy's reader has failed: which line it is."""
-    number, fits = 0, lambda x: 0 <= float(x) < 2**53
+    number, fits = 0, lambda x, whole: 0 <= float(x) < 2**53 and not (whole and float(x) % 1)
     for number, line in enumerate(open(path, "rb"), 1):
         fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split(separator)
         header = separator == "," and number == 1
         try:
-            if (fields[0].lower(), fields[1].lower()) != ("userid", "movieid") if header else not all(fits(fields[k]) for k in (0, 1, 3)):
+            if (fields[0].lower(), fields[1].lower()) != ("userid", "movieid") if header else not all(fits(fields[k], k < 3) for k in (0, 1, 3)):
                 break
         except (ValueError, IndexError):
             break
@@ -73,7 +79,7 @@ def read_openp5(source):
     pairs, seen, path = [], {}, find(source, ["user_sequence.txt"], "openp5")
     with reading(path, "write it again as UTF-8"), open(path, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
-            user, *sequence = (clean_id(x, path, number) for x in line.split() or [""])
+            user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]
             if not sequence or user in seen:
                 why = f"user {user} has line {seen[user]} already" if user in seen else "expected a user id and item ids, spaces between"
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
@@ -118,9 +124,9 @@ def table_rows(path, required=()):
                 if None in row or None in row.values():
                     raise InputError(f"{path}, line {number}: expected {len(reader.fieldnames)} columns; quote the field")
                 yield number, row
-        except (csv.Error, json.JSONDecodeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except (csv.Error, ValueError, RecursionError) as error:
             number = number if path.suffix == ".jsonl" else number + 1
             raise InputError(f"{path}, line {number} or after it: {error}; quote the field, and write the file as UTF-8") from None
 
