@@ -144,7 +144,8 @@ def load_dataset(path):
         items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
         users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
         raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
-        if (len(indptr) - 1, len(raw[1]), indptr[-1]) != (len(raw[0]), len(items), len(sequence)) or not (sequence < len(items)).all():
+        if (len(indptr) - 1, len(raw[1]), indptr[-1]) != (len(raw[0]), len(items), len(sequence)) or not (sequence < len(items)).all() \
+                or {*meta["held_out"]} != {"valid", "test"}:
             raise ValueError("its files do not belong together")
         return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
 

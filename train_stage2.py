@@ -211,6 +211,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not sum(args.mix[:2]):
         raise InputError("--mix: the first two shares must not both be 0")
+    load_prompts(*filter(None, [args.prompts]))  # a mistake in it is said before the LLM is loaded
     return args
 
 

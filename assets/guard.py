@@ -91,6 +91,8 @@ def reading(path, remedy):
         raise
     except Exception as error:
         reason = (str(error).strip() or "unreadable").splitlines()[0][:200]
+        if "weights_only" in reason:  # torch goes on to advise that its guard be switched off
+            reason = "not plain weights; it may hold a stranger's code, which is not run"
         raise InputError(f"{path}: {type(error).__name__}: {reason}; {remedy}") from None
 
 

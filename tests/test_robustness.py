@@ -217,3 +217,158 @@ def test_bad_flags(script, work, tmp_path, name):  # noqa: F811
 
 def test_at_least_sixty_bad_inputs():
     assert sum(map(len, DATASETS.values())) + len(FLAGS) >= 120
+
+
+# ---- Broken or foreign files of ours: runs, prepared folders, LLM folders --------------------------------------------
+
+def half(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def garbage(path):
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+
+
+def trap(path):
+    """A pickle that runs code, in the shape in which the file is read: torch's zip, numpy's zip, or bare."""
+    if path.suffix in (".pt", ".bin"):
+        torch.save({"weights": Trap()}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: np.array([Trap()], dtype=object) for name in ("user", "item", "indptr", "items")}, allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(Trap(), protocol=2))
+
+
+def bare(path):
+    path.write_bytes(pickle.dumps(Trap(), protocol=2))
+
+
+def edit(**changes):
+    def change(path):
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return change
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def other_weights(path):
+    from safetensors.torch import save_file
+    save_file({"nothing": torch.ones(2)}, path)
+
+
+BROKEN = [  # script, flags, file, what is done to it, words
+    *(("train_stage2.py", ["--method", "ilm", "--stage1", "train_stage1"], f"train_stage1/{file}", change, words) for file, change, words in [
+        ("model.safetensors", half, ["model.safetensors", "train again"]), ("model.safetensors", garbage, ["model.safetensors"]),
+        ("model.safetensors", trap, ["model.safetensors"]), ("model.safetensors", text(""), ["model.safetensors"]),
+        ("model.safetensors", other_weights, ["does not fit this configuration"]), ("config.json", half, ["config.json"]),
+        ("config.json", text("[]"), ["config.json"]), ("config.json", text("{}"), ["config.json", "kind"]),
+        ("config.json", edit(qformer=None), ["config.json", "qformer"]), ("config.json", edit(qformer={"cf_dim": 8, "x": 1}), ["config.json"]),
+        ("config.json", edit(qformer={"cf_dim": 8, "vocab_size": 9}), ["does not fit"]), ("config.json", edit(fingerprint=[1]), ["other CF"]),
+        ("config.json", edit(qformer={"cf_dim": 9, "vocab_size": 9}), ["width 9"]), ("tokenizer/tokenizer.json", half, ["tokenizer"])]),
+    *(("train_stage1.py", ["--resume", "--out", "train_stage1", *STAGES["train_stage1.py"]], f"train_stage1/{file}", change, words)
+      for file, change, words in [
+        ("state.pt", half, ["--resume: train_stage1", "without --resume"]), ("state.pt", garbage, ["without --resume"]),
+        ("state.pt", trap, ["without --resume"]), ("state.pt", bare, ["without --resume"]), ("config.json", half, ["without --resume"]),
+        ("config.json", edit(lr=7), ["another lr"]), ("log.jsonl", text("no\n"), ["without --resume"])]),
+    *(("train_stage1.py", ["--steps", 1], f"data/toy/{file}", change, words) for file, change, words in [
+        ("cf.npz", half, ["cf.npz: differs", "prepare the folder again"]), ("users.txt", text(""), ["users.txt: differs"]),
+        ("meta.json", half, ["data/toy", "prepare the folder again"]), ("meta.json", text("{}"), ["data/toy", "sha256"]),
+        ("meta.json", edit(sha256={}, held_out={}), ["data/toy"])]),
+    ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/model.safetensors", half, ["--llm llm"]),
+    ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", half, ["--llm llm"]),
+    ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(llm=None), ["config.json", "llm"]),
+    ("evaluate.py", ["--run", "train_stage2"], "train_stage2/model.safetensors", half, ["model.safetensors"]),
+]
+
+
+def fresh_copy(work, here):  # noqa: F811
+    for name in ("data", "train_stage1", "train_stage2"):
+        shutil.copytree(work / name, here / name)
+    shutil.copytree(ROOT / "assets" / "toy_llm", here / "llm")
+    (here / "assets").symlink_to(ROOT / "assets")
+
+
+def test_broken_files(script, work, tmp_path):  # noqa: F811
+    wrong = []
+    fresh_copy(work, tmp_path)
+    for name, argv, file, change, words in BROKEN:
+        whole = (tmp_path / file).read_bytes()
+        change(tmp_path / file)
+        before = tree(tmp_path)
+        done = script(name, *argv, cwd=tmp_path)
+        if done.returncode != 2 or done.stderr.count("\n") != 1 or not all(w in done.stderr for w in words) or tree(tmp_path) != before:
+            wrong.append((name, argv, file, change, words, done.returncode, done.stderr[-400:]))
+        (tmp_path / file).write_bytes(whole)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+# ---- Trust -----------------------------------------------------------------------------------------------------------
+
+def test_files_of_strangers_run_no_code(script, work, tmp_path):  # noqa: F811
+    """A malicious pickle under each name that we load, where a sum (meta.json) protects it with the right sum."""
+    import hashlib
+    fresh_copy(work, tmp_path)
+    trap(tmp_path / "cf.npz"), put(tmp_path, csv())
+    done = script("data.py", *"--dataset csv --source . --min-count 1 --out out --cf cf.npz".split(), cwd=tmp_path)
+    one_line(done, 2, "--cf cf.npz")
+    bare(tmp_path / "cf.npz")
+    one_line(script("data.py", *"--dataset csv --source . --min-count 1 --out out --cf cf.npz".split(), cwd=tmp_path), 2, "--cf cf.npz")
+    for file in ("cf.npz", "sequences.npz"):
+        for plant in (trap, bare):
+            path, meta = tmp_path / "data/toy" / file, tmp_path / "data/toy/meta.json"
+            whole, sums = path.read_bytes(), json.loads(meta.read_text())["sha256"]
+            plant(path)
+            edit(sha256=sums | {file: hashlib.sha256(path.read_bytes()).hexdigest()})(meta)
+            one_line(script("train_stage1.py", "--steps", 1, cwd=tmp_path), 2, "data/toy", "prepare the folder again")
+            path.write_bytes(whole), edit(sha256=sums)(meta)
+    (tmp_path / "llm/model.safetensors").unlink()
+    for plant in (trap, bare):
+        plant(tmp_path / "llm/pytorch_model.bin")
+        one_line(script("train_stage2.py", "--method", "text", "--train-llm", "--llm", "llm", cwd=tmp_path), 2, "--llm llm")
+        (tmp_path / "bert").mkdir(exist_ok=True)
+        plant(tmp_path / "bert/pytorch_model.bin")
+        (tmp_path / "bert/config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99}')
+        one_line(script("train_stage1.py", *"--steps 1 --init-bert bert --tokenizer llm".split(), cwd=tmp_path), 2, "--init-bert bert")
+    assert not list(tmp_path.rglob("TRAPPED")) and not (ROOT / "TRAPPED").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(script, work, tmp_path):  # noqa: F811
+    fresh_copy(work, tmp_path)
+    (tmp_path / "llm/evil.py").write_text("open('TRAPPED', 'w')\nclass Evil: pass\n")
+    edit(model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(tmp_path / "llm/config.json")
+    done = script("train_stage2.py", "--method", "text", "--train-llm", "--llm", "llm", cwd=tmp_path)
+    one_line(done, 2, "--llm llm")
+    assert not list(tmp_path.rglob("TRAPPED"))
+
+
+EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eEvil\x00"
+
+
+def test_control_characters_reach_neither_files_nor_the_terminal(script, tmp_path):
+    put(tmp_path, {"interactions.csv": CSV, "items.jsonl": "".join(json.dumps(
+        {"id": f"i{i}", "title": f"{EVIL} {i}", "text": f"{EVIL} text {i}", "attributes": {f"{EVIL}": EVIL}}) + "\n" for i in range(6))})
+    done = script("data.py", *"--dataset csv --source . --min-count 1 --out out".split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = data.load_dataset(tmp_path / "out")
+    told = json.dumps([dataset.items, dataset.tasks], ensure_ascii=False) + done.stdout
+    assert not guard.CONTROL.search(told.replace("\n", "")) and "Evil 1" in dataset.items[1]["title"]
+    (tmp_path / f"a{EVIL[:4]}").mkdir()
+    done = script("data.py", "--dataset", "csv", "--source", f"a{EVIL[:4]}", cwd=tmp_path)
+    assert "\x1b" not in one_line(done, 2, "no interactions.csv")
+    put(tmp_path, {"user_sequence.txt": f"u {EVIL[:3]}\n"})
+    assert "\x1b" not in one_line(script("data.py", "--dataset", "openp5", "--source", ".", cwd=tmp_path), 2, "line 1")
+
+
+def test_ids_and_titles_never_become_paths(script, tmp_path):
+    ids = ["../../up", "/etc/passwd", "..", "a/b", "C:\\x", "~"]
+    (here := tmp_path / "deep" / "er").mkdir(parents=True)
+    rows = "".join(f"{u},{i},{t}\n" for u in ids for t, i in enumerate(ids))
+    put(here, {"interactions.csv": "user,item,timestamp\n" + rows, "items.csv": "id,title\n" + "".join(f"{i},{i}\n" for i in ids)})
+    argv = ["--dataset", "csv", "--source", ".", "--min-count", 1, "--out", "out"]
+    assert script("data.py", *argv, cwd=here).returncode == 0
+    assert sorted(tree(tmp_path)) == sorted(f"deep/er/{x}" for x in ("interactions.csv", "items.csv", *(
+        f"out/{f}" for f in ("items.jsonl", "users.txt", "sequences.npz", "cf.npz", "tasks.jsonl", "meta.json"))))
+    assert data.load_dataset(here / "out").users == sorted(ids)
