@@ -102,11 +102,14 @@ def print_parameters(model):
 def check_finite(losses, step, norm=math.nan, scaler=None):
     """In every step, before anything of it is saved: a loss that is not finite leaves no finite gradient. With fp16 an overflow of the
     gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
-    wrong = [] if math.isfinite(norm) else [f"loss {name} is {float(x)}" for name, x in losses.items() if not math.isfinite(x)]
-    if not wrong and scaler and not scaler.is_enabled() and not math.isfinite(norm):
-        wrong = [f"the norm of the gradient is {norm}"]
-    if wrong:
-        raise InputError(f"step {step}: {', '.join(wrong)}; the last good checkpoint is kept; lower --lr")
+    if math.isfinite(norm):
+        return
+    values = {f"loss {name}": x.item() if torch.is_tensor(x) else x for name, x in losses.items()}
+    if scaler and not scaler.is_enabled():
+        values["the norm of the gradient"] = norm
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr")
 
 
 class RunDirectory:

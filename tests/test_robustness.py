@@ -372,3 +372,249 @@ def test_ids_and_titles_never_become_paths(script, tmp_path):
     assert sorted(tree(tmp_path)) == sorted(f"deep/er/{x}" for x in ("interactions.csv", "items.csv", *(
         f"out/{f}" for f in ("items.jsonl", "users.txt", "sequences.npz", "cf.npz", "tasks.jsonl", "meta.json"))))
     assert data.load_dataset(here / "out").users == sorted(ids)
+
+
+# ---- Odd input that works --------------------------------------------------------------------------------------------
+
+ODD = {
+    "interactions.csv": "\ufeffuser,item,timestamp,note\r\n" + "".join(
+        f"u{u},i{i},{t},x\r\n" for u in range(8) for t, i in enumerate(np.random.default_rng(u).permutation(9)[:7])) +
+        "short,i1,5,x\r\nshort,i8,6,x\r\nRené 東京,i2,1,x\r\n \"spaced id\" ,i3,1,x\r\nu1,unknown to the table,99,x\r\n".replace('"', ""),
+    "items.csv": '\ufeffid,title,text,brand\r\ni0,Amélie,"a, quoted ""text""",B\r\ni1,,no title,B\r\ni2,Same,,\r\ni3,Same,,\r\n'
+                 'i4,"two\nlines",x,B\r\ni5,日本語 映画 🎬,text,B\r\ni6,,,\r\ni7,"' + "long " * 400 + '",x,B\r\ni8,&<br>;{item};{history}<|soft|>,x,B\r\n'}
+
+
+def test_odd_input_goes_through_every_script(script, tmp_path):
+    """BOM, CRLF, unicode, equal, empty and endless titles, line breaks and placeholders in them, items without text, items that the
+    table does not know, users with one interaction, repeated purchases."""
+    put(tmp_path, ODD)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for command in ("data.py --dataset csv --source . --min-count 1 --cf-dim 4 --out out/x", "train_stage1.py --data out/x --out s1 "
+                    "--steps 2 --batch-size 4 --width 36 --losses ii ui", "train_stage2.py --data out/x --out s2 --stage1 s1 --steps 2 "
+                    "--batch-size 2 --valid-users 4 --name-tokens 8", "evaluate.py --run s1 s2 --controls"):
+        done = script(*command.split(), cwd=tmp_path)
+        assert done.returncode == 0 and not done.stderr, (command, done)
+    dataset = data.load_dataset(tmp_path / "out" / "x")
+    titles = {item["id"]: item["title"] for item in dataset.items}
+    assert titles["i0"] == "Amélie" and titles["i1"] == "item i1" and titles["i3"] == "Same (2)" and titles["i4"] == "two lines"
+    assert titles["i5"] == "日本語 映画 🎬" and titles["i6"] == "item i6" and titles["unknown to the table"] == "item unknown to the table"
+    assert {"René 東京", "spaced id"} <= {*dataset.users} and len(dataset.eligible()) == 8
+
+
+@pytest.mark.parametrize("files, argv", [
+    ({"u.data": "\ufeff" + LOG.replace("\n", "\r\n"), "u.item": ("\ufeff" + ITEMS.replace("Film 1", "Caf\xe9")).encode()}, []),
+    ({"u.data": LOG.rstrip("\n") + "\n\n", "u.item": ITEMS.replace("Film 1", "Caf\xe9").encode("latin-1")}, []),
+    ({"ratings.dat": "\ufeff" + LOG.replace("\t", "::"), "movies.dat": "".join(f"{i}::Caf\xe9::Drama\r\n" for i in range(1, 7)).encode("latin-1")}, []),
+    ({"ratings.csv": "\ufeffuserId,movieId,rating,timestamp\r\n" + LOG.replace("\t", ",").replace("\n", "\r\n"),
+      "movies.csv": "\ufeffmovieId,title,genres\r\n" + "".join(f'{i},"Caf\xe9, the",A|B\r\n' for i in range(1, 7))}, [])])
+def test_odd_movielens_files(script, tmp_path, files, argv):
+    put(tmp_path, files)
+    done = script("data.py", *"--dataset movielens --source . --min-count 1 --cf-dim 2 --out out".split(), *argv, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done
+    dataset = data.load_dataset(tmp_path / "out")
+    assert dataset.users == list("123456") and "Caf\xe9" in dataset.items[0]["title"] and len(dataset.sequence) == 36
+
+
+def test_quotes_in_a_tsv_are_inches(script, tmp_path):
+    put(tmp_path, openp5() | {"items.tsv": 'id\ttitle\ni0\t"Weird Al" live\ni1\t7" single\ni2\t"open\n'})
+    done = script("data.py", *"--dataset openp5 --source . --min-count 1 --out out".split(), cwd=tmp_path)
+    assert done.returncode == 0
+    assert [x["title"] for x in data.load_dataset(tmp_path / "out").items[:3]] == ['"Weird Al" live', '7" single', '"open']
+
+
+# ---- Fuzz ------------------------------------------------------------------------------------------------------------
+
+def mutated(rng, whole):
+    """Some bytes changed, cut out, doubled, swapped for separators; sometimes all of them random."""
+    raw = bytearray(whole)
+    for _ in range(int(rng.integers(1, 6))):
+        at, n, kind = int(rng.integers(len(raw) + 1)), int(rng.integers(1, 20)), rng.integers(5)
+        piece = rng.bytes(n) if kind < 2 else b"" if kind == 2 else bytes(raw[at:at + n]) * 3 if kind == 3 else \
+            rng.choice([b",", b"\t", b"\n", b'"', b"::", b"|", b"{", b"}", b";", b"-1", b"nan", b"\0", b"\xff", b"[", b"1e999"])
+        raw[at:at + n] = bytes(piece)
+    return rng.bytes(200) if rng.integers(20) == 0 else bytes(raw)
+
+
+def read_folder(path):
+    data.load_dataset(path.parent)
+
+
+FUZZED = {  # file: (its whole content, who reads it)
+    "u.data": (LOG, lambda p: readers.read_movielens(p.parent)), "u.item": (ITEMS, readers.read_items),
+    "ratings.dat": (LOG.replace("\t", "::"), lambda p: readers.read_movielens(p.parent)),
+    "ratings.csv": ("userId,movieId,rating,timestamp\n" + LOG.replace("\t", ","), lambda p: readers.read_movielens(p.parent)),
+    "user_sequence.txt": (SEQUENCES, lambda p: readers.read_openp5(p.parent)), "interactions.csv": (CSV, lambda p: readers.read_csv(p.parent)),
+    "items.csv": (ODD["items.csv"], readers.read_items), "items.tsv": (openp5()["items.tsv"], readers.read_items),
+    "items.jsonl": ('{"id": "a", "title": "T", "text": null, "attributes": {"x": ["y", 1]}}\n{"asin": 3, "brand": "b|c"}\n', readers.read_items),
+    "prompts.txt": ((ROOT / "prompts.txt").read_text(), data.load_prompts)}
+
+
+@pytest.mark.parametrize("file", FUZZED)
+def test_readers_under_fuzz(tmp_path, file):
+    """Whatever the bytes: a table, or one InputError of one printable line; never another exception, never a hang."""
+    whole, read = FUZZED[file]
+    rng, refused = np.random.default_rng(sum(file.encode())), 0
+    for _ in range(150):
+        (tmp_path / file).write_bytes(mutated(rng, whole.encode()))
+        try:
+            read(tmp_path / file)
+        except data.InputError as error:
+            refused += 1
+            assert file in str(error) and guard.printable(error)
+    assert refused > 10
+
+
+def test_binary_files_under_fuzz(work, tmp_path):  # noqa: F811
+    """The same for .npz, .safetensors and config.json, and for a prepared folder whose sums are right and whose content is not."""
+    import hashlib
+    shutil.copytree(work / "data" / "toy", tmp_path / "toy")
+    shutil.copytree(work / "train_stage1", tmp_path / "run")
+    rng, refused = np.random.default_rng(0), 0
+    np.savez(tmp_path / "cf.npz", user=np.ones((6, 2)), item=np.ones((5, 2)))
+    cf, weights = (tmp_path / "cf.npz").read_bytes(), (tmp_path / "run/model.safetensors").read_bytes()[:5000]
+    meta = json.loads((tmp_path / "toy/meta.json").read_text())
+    for turn in range(60):
+        (tmp_path / "cf.npz").write_bytes(mutated(rng, cf))
+        (tmp_path / "run/model.safetensors").write_bytes(mutated(rng, weights))
+        (tmp_path / "run/config.json").write_bytes(mutated(rng, (work / "train_stage1/config.json").read_bytes()))
+        file = ("sequences.npz", "cf.npz", "users.txt", "items.jsonl", "tasks.jsonl")[turn % 5]
+        (tmp_path / "toy" / file).write_bytes(mutated(rng, whole := (work / "data/toy" / file).read_bytes()))
+        sums = meta["sha256"] | {file: hashlib.sha256((tmp_path / "toy" / file).read_bytes()).hexdigest()}
+        (tmp_path / "toy/meta.json").write_text(json.dumps(meta | {"sha256": sums}))
+        for read in (lambda: readers.load_cf(tmp_path / "cf.npz", 6, 5), lambda: data.load_weights({}, tmp_path / "run/model.safetensors"),
+                     lambda: data.read_config(tmp_path / "run", "stage1"), lambda: data.load_dataset(tmp_path / "toy")):
+            try:
+                read()
+            except data.InputError:
+                refused += 1
+        (tmp_path / "toy" / file).write_bytes(whole)
+    assert refused > 100
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, step", [("train_stage1.py", 3), ("train_stage2.py", 3), ("train_stage1.py", 2)])
+def test_a_loss_that_is_not_finite_stops_at_once(script, work, tmp_path, name, step):  # noqa: F811
+    """At whatever step, not only where there is a line of the log; what was saved before is kept, and can be gone on from."""
+    spoil = {"train_stage1.py": "t.pair_loss = lambda name, *rest: (lambda l: (l[0] * (float('nan') if name == 'ui' else 1), l[1]))(kept(name, *rest))",
+             "train_stage2.py": "t.pack = kept"}[name]
+    target = {"train_stage1.py": "pair_loss", "train_stage2.py": "pack"}[name]
+    module = name[:-3]
+    if name == "train_stage2.py":
+        code = (f"import {module} as t, ilm\nforward, rate = ilm.ILM.forward, t.set_learning_rate\nnow = []\n"
+                f"def hooked(o, step, *rest): now[:] = [step]; return rate(o, step, *rest)\nt.set_learning_rate = hooked\n"
+                f"def spoiled(self, batch): a, b = forward(self, batch); bad = float('nan') if now == [{step}] and self.training else 1; "
+                f"return a * bad, b * bad\nilm.ILM.forward = spoiled")
+    else:
+        code = (f"import {module} as t\nkept, rate = t.{target}, t.set_learning_rate\n"
+                f"def hooked(o, step, *rest):\n    if step == {step}: {spoil}\n    return rate(o, step, *rest)\nt.set_learning_rate = hooked")
+    argv = [*STAGES[name], "--out", tmp_path / "run"]
+    line = one_line(script(name, *argv, cwd=work, before=code), 2, f"step {step}: loss ", "is nan", "kept", "--lr")
+    assert "loss ui" in line if "1" in name else re.search("loss (sequential|straightforward|text)", line)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and all(torch.isfinite(w).all() for w in state["weights"].values())
+    assert script(name, *argv, "--resume", cwd=work).returncode == 0
+
+
+def test_an_fp16_overflow_is_the_scalers_business():
+    """It skips the step and lowers its scale, which the log shows; a loss that overflows is not hidden."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((weight * torch.inf).sum()).backward()
+    norm = train_stage1.clip_and_step(optimizer, scaler)
+    assert torch.equal(weight.data, torch.ones(3)) and train_stage1.scale_of(scaler) == {"scale": 4.0}
+    train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, norm, scaler)
+    with pytest.raises(data.InputError, match="step 7: loss itc is inf"):
+        train_stage1.check_finite({"itc": torch.tensor(torch.inf)}, 7, norm, scaler)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(data.InputError, match="step 7: the norm of the gradient is nan"):
+        train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, float("nan"), off)
+    assert train_stage1.scale_of(off) == {}
+
+
+# ---- Leakage ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Two prepared folders whose raw data differ in every user's test item alone (the same items in all)."""
+    folder, rng = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
+    orders = [rng.permutation(20)[:9] for _ in range(40)]
+    for name, shift in (("a", 0), ("b", 7)):
+        (folder / name).mkdir()
+        ends = [orders[(u + shift) % 40][-1] for u in range(40)]
+        rows = "".join(f"u{u:02},i{i:02},{t}\n" for u in range(40) for t, i in enumerate([*orders[u][:-1], ends[u]]))
+        put(folder / name, {"interactions.csv": "user,item,timestamp\n" + rows,
+                            "items.csv": "id,title,genre\n" + "".join(f"i{i:02},Film {i},g{i % 3}\n" for i in range(20))})
+        data.prepare(data.parse_args(["--dataset", "csv", "--source", str(folder / name), "--min-count", "1", "--cf-dim", "6",
+                                      "--out", str(folder / name / "out" / "x")]))
+    a, b = (data.load_dataset(folder / name / "out" / "x") for name in "ab")
+    differ = sum(a.target(u, "test") != b.target(u, "test") for u in range(40))
+    assert differ > 30 and [x["id"] for x in a.items] == [x["id"] for x in b.items]
+    return a, b
+
+
+def test_test_items_influence_no_prepared_file(planted):
+    """CF vectors, held-out items, text tasks with their neighbours: the same bytes."""
+    a, b = planted
+    same = {f: (a.path / f).read_bytes() == (b.path / f).read_bytes() for f in ("cf.npz", "items.jsonl", "tasks.jsonl", "users.txt")}
+    assert all(same.values()), same
+    assert a.meta["held_out"] == b.meta["held_out"] and (a.path / "sequences.npz").read_bytes() != (b.path / "sequences.npz").read_bytes()
+
+
+def test_test_items_influence_no_pair_history_prompt_or_target(planted):
+    rngs = lambda: (np.random.default_rng(3) for _ in range(4))
+    seen = []
+    for dataset in planted:
+        pairs, (r1, r2, r3, r4) = train_stage1.Pairs(dataset), rngs()
+        config, _ = train_stage2.make_config(args := train_stage2.parse_args(["--method", "ilm-rand", "--data", str(dataset.path)]), dataset)
+        torch.manual_seed(0)
+        from ilm import build_ilm
+        examples = train_stage2.Examples(build_ilm(config, dataset, torch.device("cpu")), dataset)
+        batches = [examples.batch(kind, 4, r3) for kind in ("sequential", "straightforward", "text")]
+        valid = examples.held_out("valid", 20, 8)
+        seen.append([pairs.ii(200, r1), pairs.ui(30, r2), batches, valid, [dataset.items_of(u, "valid").tolist() for u in range(40)]])
+        assert args.seed == 0
+    flat = lambda x: x.tolist() if torch.is_tensor(x) else {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else \
+        [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
+    assert flat(seen[0]) == flat(seen[1])
+
+
+def test_test_items_influence_no_weight_and_no_choice_of_a_checkpoint(planted, script, tmp_path):
+    """Both stages on both data sets: the same losses, best checkpoint and weights, bit by bit. Learning rates are chosen by the loss
+    of validation, which is among them (assets/tables.sh, search)."""
+    from test_interruption import outcome
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    found = []
+    for name, dataset in zip("ab", planted):
+        argv = ["--data", dataset.path, "--steps", 3, "--eval-every", 1]
+        one = script("train_stage1.py", *argv, "--out", f"1{name}", "--batch-size", 8, "--width", 32, cwd=tmp_path)
+        two = script("train_stage2.py", *argv, "--out", f"2{name}", "--stage1", f"1{name}", "--batch-size", 2, cwd=tmp_path)
+        assert (one.returncode, two.returncode) == (0, 0), (one, two)
+        runs = [outcome(tmp_path / f"{stage}{name}") for stage in "12"]
+        found.append([{k: v for k, v in run.items() if k != "config"} for run in runs])
+    assert found[0] == found[1]
+
+
+def test_texts_of_held_out_items_are_in_no_training_target(toy):
+    dataset = data.load_dataset(toy)
+    held_out = {i for split in ("valid", "test") for i in dataset.meta["held_out"][split]}
+    train = [t for t in dataset.tasks if t["split"] == "train"]
+    known = {dataset.items[i]["text"] for i in dataset.items_in("train")}  # two movies of the toy world may have equal texts
+    secret = {dataset.items[i]["text"] for i in held_out} - known
+    assert train and len(secret) > 30 and not any(text in t["target"] for t in train for text in secret)
+    assert all(not held_out & {*t["items"]} for t in train)
+    assert not held_out & {*dataset.items_in("train")}
+    for split in ("valid", "test"):  # nor does a text task of validation ask about an item of the test
+        assert all({*t["items"]} <= {*dataset.meta["held_out"][split]} for t in dataset.tasks if t["split"] == split)
+
+
+def test_the_search_for_learning_rates_reads_the_validation_loss_alone():
+    """assets/tables.sh: `search` runs train_stage2.py, takes its best validation loss, and never evaluates; `rate` takes the lowest."""
+    shell = (ROOT / "assets" / "tables.sh").read_text()
+    search = re.search(r"^search\(\) \{.*?^\}", shell, re.M | re.S)[0]
+    assert "evaluate.py" not in search and "metrics" not in search and ".json" not in search and "best validation loss" in search
+    rate = re.search(r"^rate\(\) \{.*?^\}", shell, re.M | re.S)[0]
+    assert "evaluate.py" not in rate and "search.tsv" in rate
+    for module in ("train_stage1.py", "train_stage2.py"):  # and training itself never asks for the test split
+        source = (ROOT / module).read_text()
+        assert not re.search(r"""(target|items_of|items_in|held_out|tasks)[(\[][^)\]\n]*["']test["']""", source)
