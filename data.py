@@ -56,8 +56,8 @@ def load_weights(parameters, path):
             parameters[name].copy_(tensor)
 
 
-CONFIG = {"stage1": ("losses", "text_fraction"), "stage2": ("llm", "method", "num_queries", "train_llm", "item_names", "name_tokens",
-                                                            "prompt_items")}  # what the readers of a run rely on
+CONFIG = {"stage1": ["losses", "text_fraction"],  # what the readers of a run rely on
+          "stage2": "llm method num_queries train_llm item_names name_tokens prompt_items".split()}
 
 
 def read_config(run, kind=None):
@@ -65,8 +65,8 @@ def read_config(run, kind=None):
     end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        kind = kind or "stage2"
-        raise InputError(f"{run}: not a finished {kind} run (no config.json and model.safetensors); run train_{kind}.py --out {run} first")
+        raise InputError(f"{run}: not a finished {kind or 'training'} run (no config.json and model.safetensors); "
+                         f"run train_{kind or 'stage2'}.py --out {run} first")
     with reading(path, "not what our training scripts write; train again"):
         config = json.loads(path.read_text())
         if kind not in (None, config["kind"]):

@@ -142,8 +142,7 @@ class CFKeys(nn.Module):
 class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        heads = config.heads or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0)
-        config = replace(config, heads=heads)
+        config = replace(config, heads=config.heads or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0))
         self.config, self.width, D = config, config.width, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from assets.bert import init_from_bert
-from assets.guard import Interrupted, Parser, a_seed, drop_previous, end_move, reading, run_script, signals, within, write_atomically, write_file
-from data import InputError, fingerprint, from_pretrained, load_dataset
+from assets.guard import (InputError, Interrupted, Parser, a_seed, drop_previous, end_move, reading, run_script, signals, within,
+                          write_atomically, write_file)
+from data import fingerprint, from_pretrained, load_dataset
 from ilm import autocast, pick_device, precision
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
@@ -40,11 +41,11 @@ LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # con
 
 # ---- Shared by both stages -------------------------------------------------------------------------------------------
 
-def add_training_args(p, out, steps, batch_size, lr):
+def add_training_args(p, out, steps, batch_size, lr, rows=1):
     p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
     p.add_argument("--out", default=out, help=f"run directory [{out}]")
     p.add_argument("--steps", type=within(int, 1), default=steps, help=f"optimizer steps [{steps}]")
-    p.add_argument("--batch-size", type=within(int, 1), default=batch_size, help=f"[{batch_size}]")
+    p.add_argument("--batch-size", type=within(int, rows), default=batch_size, help=f"[{batch_size}]")
     p.add_argument("--lr", type=within(float, 0, 100), default=lr, help=f"peak, after 5 %% of the steps; then cosine to a tenth [{lr}]")
     p.add_argument("--eval-every", type=within(int, 0), default=0, help="steps between validations [a tenth of --steps]")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -76,11 +77,6 @@ def clip_and_step(optimizer, scaler):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def scale_of(scaler):
-    """For the log: a scale that keeps falling says that fp16 overflows again and again."""
-    return {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
 
 
 def make_optimizer(model, lr, weight_decay=0.05):
@@ -119,9 +115,7 @@ class RunDirectory:
     def __init__(self, args, config, tokenizer=None):
         self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
         self.state, self.writes = None, process()[0] == 0
-        end_move(self.path)
-        for left in self.path.glob("*.tmp-*") if self.writes else ():  # by a process that was killed
-            left.unlink()
+        end_move(self.path, tidy=self.writes)
         if args.resume:
             if not (self.path / "state.pt").is_file():
                 raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
@@ -366,16 +360,13 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=1e-3)
+    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=1e-3, rows=2)  # a loss that contrasts needs two
     add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
     p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
-    args = p.parse_args(argv)
-    if args.batch_size < 2:
-        raise InputError("--batch-size must be at least 2: losses contrast the rows of a batch")
-    return args
+    return p.parse_args(argv)
 
 
 def draw_batch(train_items, pairs, args, world, rng):
@@ -409,10 +400,8 @@ def main():
     torch.manual_seed(args.seed)
     model = QFormer(config)
     if bert:
-        try:
+        with reading(f"--init-bert {args.init_bert}", "give a BERT and its own --width and --layers"):
             loaded, missing = init_from_bert(model, bert.state_dict())
-        except ValueError as error:
-            raise InputError(f"--init-bert {args.init_bert}: {error}") from None
         say(f"--init-bert {args.init_bert}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
     model.to(device)
     given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
@@ -455,7 +444,7 @@ def main():
             losses = dict(zip(losses, sum_over_processes(*(v.item() / world for v in losses.values()))))
             check_finite(losses, step)
             run.log(step=step, **losses, **{k: v.item() for k, v in accuracy.items()}, grad_norm=norm,
-                    temperature=model.temperature.item(), lr=rate, **scale_of(scaler))
+                    temperature=model.temperature.item(), lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
 
 

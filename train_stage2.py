@@ -30,7 +30,7 @@ from data import (HISTORY, RANKING_TASKS, InputError, check_fingerprint, fingerp
 from ilm import build_ilm, precision
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
-                          make_optimizer, own_rows, print_parameters, process, progress, run_training, say, scale_of, set_learning_rate,
+                          make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
                           start_processes, sum_over_processes)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
@@ -295,7 +295,7 @@ def main():
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             check_finite(losses, step)
-            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate, **scale_of(scaler))
+            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 

@@ -151,8 +151,11 @@ def drop_previous(folder):
         shutil.rmtree(Path(folder) / "tmp-new")
 
 
-def end_move(folder):
-    """The second half of write_atomically; where it was killed, the rest of it. metrics.json tells of files that are no more."""
+def end_move(folder, tidy=False):
+    """The second half of write_atomically; where it was killed, the rest of it. metrics.json tells of files that are no more.
+    tidy: remove what a killed write_file has left; for those who write alone in the folder."""
+    for left in Path(folder).glob("*.tmp-*") if tidy else ():
+        left.unlink(missing_ok=True)
     ready, keep = Path(folder) / "tmp-ready", Path(folder) / "tmp-ready" / "previous"
     with suppress(FileNotFoundError):  # nothing to move, or another process does the same
         for name in [*sorted({f.name for f in ready.iterdir()} - {"previous"}), "metrics.json"]:

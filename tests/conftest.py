@@ -16,6 +16,10 @@ SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at h
 import data  # noqa: E402
 
 torch.set_num_threads(2)
+SHAPE = "--width 32 --layers 2 --num-queries 2 --batch-size".split()
+STAGES = {"train_stage1.py": [*SHAPE, 8, "--steps", 6, "--eval-every", 2],
+          "train_stage2.py": ["--method", "ilm-rand", *SHAPE, 2, "--steps", 4, "--eval-every", 2, "--valid-users", 4]}
+EVALUATE = ["--tasks", "sequential", "--max-users", 2]
 
 
 def pytest_configure(config):
@@ -67,6 +71,19 @@ def script(tmp_path_factory):
     yield call
     server.stdin.close()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def work(script, tmp_path_factory):
+    """A folder with a small data set and one finished run of each stage: what no interruption may change."""
+    work = tmp_path_factory.mktemp("work")
+    (work / "assets").symlink_to(ROOT / "assets")
+    assert script("data.py", "--max-users", 60, "--cf-dim", 8, cwd=work).returncode == 0
+    for name, argv in STAGES.items():
+        done = script(name, *argv, "--out", name[:-3], cwd=work)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert script("evaluate.py", "--run", "train_stage2", *EVALUATE, cwd=work).returncode == 0
+    return work
 
 
 def real(path):

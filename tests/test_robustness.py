@@ -1,6 +1,6 @@
-"""Nothing is let in: bad input ends in one line and changes nothing, odd input works, files of strangers run no code, test items leak nowhere."""
+"""Nothing is let in: bad input ends in one line and changes nothing, odd input works, files of strangers run no code, test items leak
+nowhere."""
 import json
-import os
 import pickle
 import re
 import shutil
@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_interruption import EVALUATE, STAGES, one_line, tree, work  # noqa: F401
+from conftest import EVALUATE, ROOT, STAGES
+from test_interruption import one_line, outcome, tree
 
 import data
 import train_stage1
 import train_stage2
 from assets import guard, readers
+from ilm import build_ilm
 
 # ---- Bad input: status 2, one line that names file, line and remedy, nothing changed ---------------------------------
 
@@ -198,7 +199,7 @@ FLAGS = [  # script, flags, files, words
 
 
 @pytest.mark.parametrize("name", ["data.py", *STAGES, "evaluate.py", "ilm.py"])
-def test_bad_flags(script, work, tmp_path, name):  # noqa: F811
+def test_bad_flags(script, work, tmp_path, name):
     wrong, before = [], tree(work)
     for number, (_, argv, files, words) in enumerate(row for row in FLAGS if row[0] == name):
         (here := tmp_path / str(number)).mkdir()
@@ -260,13 +261,15 @@ def other_weights(path):
 
 
 BROKEN = [  # script, flags, file, what is done to it, words
-    *(("train_stage2.py", ["--method", "ilm", "--stage1", "train_stage1"], f"train_stage1/{file}", change, words) for file, change, words in [
+    *(("train_stage2.py", ["--stage1", "train_stage1"], f"train_stage1/{file}", change, words) for file, change, words in [
         ("model.safetensors", half, ["model.safetensors", "train again"]), ("model.safetensors", garbage, ["model.safetensors"]),
         ("model.safetensors", trap, ["model.safetensors"]), ("model.safetensors", text(""), ["model.safetensors"]),
         ("model.safetensors", other_weights, ["does not fit this configuration"]), ("config.json", half, ["config.json"]),
         ("config.json", text("[]"), ["config.json"]), ("config.json", text("{}"), ["config.json", "kind"]),
-        ("config.json", edit(qformer=None), ["config.json", "qformer"]), ("config.json", edit(qformer={"cf_dim": 8, "x": 1}), ["config.json"]),
-        ("config.json", edit(qformer={"cf_dim": 8, "vocab_size": 9}), ["does not fit"]), ("config.json", edit(fingerprint=[1]), ["other CF"]),
+        ("config.json", edit(qformer=None), ["config.json", "qformer"]),
+        ("config.json", edit(qformer={"cf_dim": 8, "x": 1}), ["config.json"]),
+        ("config.json", edit(qformer={"cf_dim": 8, "vocab_size": 9}), ["does not fit"]),
+        ("config.json", edit(fingerprint=[1]), ["other CF"]),
         ("config.json", edit(qformer={"cf_dim": 9, "vocab_size": 9}), ["width 9"]), ("tokenizer/tokenizer.json", half, ["tokenizer"])]),
     *(("train_stage1.py", ["--resume", "--out", "train_stage1", *STAGES["train_stage1.py"]], f"train_stage1/{file}", change, words)
       for file, change, words in [
@@ -284,14 +287,14 @@ BROKEN = [  # script, flags, file, what is done to it, words
 ]
 
 
-def fresh_copy(work, here):  # noqa: F811
+def fresh_copy(work, here):
     for name in ("data", "train_stage1", "train_stage2"):
         shutil.copytree(work / name, here / name)
     shutil.copytree(ROOT / "assets" / "toy_llm", here / "llm")
     (here / "assets").symlink_to(ROOT / "assets")
 
 
-def test_broken_files(script, work, tmp_path):  # noqa: F811
+def test_broken_files(script, work, tmp_path):
     wrong = []
     fresh_copy(work, tmp_path)
     for name, argv, file, change, words in BROKEN:
@@ -307,7 +310,7 @@ def test_broken_files(script, work, tmp_path):  # noqa: F811
 
 # ---- Trust -----------------------------------------------------------------------------------------------------------
 
-def test_files_of_strangers_run_no_code(script, work, tmp_path):  # noqa: F811
+def test_files_of_strangers_run_no_code(script, work, tmp_path):
     """A malicious pickle under each name that we load, where a sum (meta.json) protects it with the right sum."""
     import hashlib
     fresh_copy(work, tmp_path)
@@ -335,7 +338,7 @@ def test_files_of_strangers_run_no_code(script, work, tmp_path):  # noqa: F811
     assert not list(tmp_path.rglob("TRAPPED")) and not (ROOT / "TRAPPED").exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run(script, work, tmp_path):  # noqa: F811
+def test_code_that_comes_with_a_model_is_not_run(script, work, tmp_path):
     fresh_copy(work, tmp_path)
     (tmp_path / "llm/evil.py").write_text("open('TRAPPED', 'w')\nclass Evil: pass\n")
     edit(model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(tmp_path / "llm/config.json")
@@ -381,7 +384,8 @@ ODD = {
         f"u{u},i{i},{t},x\r\n" for u in range(8) for t, i in enumerate(np.random.default_rng(u).permutation(9)[:7])) +
         "short,i1,5,x\r\nshort,i8,6,x\r\nRené 東京,i2,1,x\r\n \"spaced id\" ,i3,1,x\r\nu1,unknown to the table,99,x\r\n".replace('"', ""),
     "items.csv": '\ufeffid,title,text,brand\r\ni0,Amélie,"a, quoted ""text""",B\r\ni1,,no title,B\r\ni2,Same,,\r\ni3,Same,,\r\n'
-                 'i4,"two\nlines",x,B\r\ni5,日本語 映画 🎬,text,B\r\ni6,,,\r\ni7,"' + "long " * 400 + '",x,B\r\ni8,&<br>;{item};{history}<|soft|>,x,B\r\n'}
+                 'i4,"two\nlines",x,B\r\ni5,日本語 映画 🎬,text,B\r\ni6,,,\r\ni7,"' + "long " * 400 + '",x,B\r\n'
+                 'i8,&<br>;{item};{history}<|soft|>,x,B\r\n'}
 
 
 def test_odd_input_goes_through_every_script(script, tmp_path):
@@ -404,7 +408,8 @@ def test_odd_input_goes_through_every_script(script, tmp_path):
 @pytest.mark.parametrize("files, argv", [
     ({"u.data": "\ufeff" + LOG.replace("\n", "\r\n"), "u.item": ("\ufeff" + ITEMS.replace("Film 1", "Caf\xe9")).encode()}, []),
     ({"u.data": LOG.rstrip("\n") + "\n\n", "u.item": ITEMS.replace("Film 1", "Caf\xe9").encode("latin-1")}, []),
-    ({"ratings.dat": "\ufeff" + LOG.replace("\t", "::"), "movies.dat": "".join(f"{i}::Caf\xe9::Drama\r\n" for i in range(1, 7)).encode("latin-1")}, []),
+    ({"ratings.dat": "\ufeff" + LOG.replace("\t", "::"),
+      "movies.dat": "".join(f"{i}::Caf\xe9::Drama\r\n" for i in range(1, 7)).encode("latin-1")}, []),
     ({"ratings.csv": "\ufeffuserId,movieId,rating,timestamp\r\n" + LOG.replace("\t", ",").replace("\n", "\r\n"),
       "movies.csv": "\ufeffmovieId,title,genres\r\n" + "".join(f'{i},"Caf\xe9, the",A|B\r\n' for i in range(1, 7))}, [])])
 def test_odd_movielens_files(script, tmp_path, files, argv):
@@ -443,9 +448,11 @@ FUZZED = {  # file: (its whole content, who reads it)
     "u.data": (LOG, lambda p: readers.read_movielens(p.parent)), "u.item": (ITEMS, readers.read_items),
     "ratings.dat": (LOG.replace("\t", "::"), lambda p: readers.read_movielens(p.parent)),
     "ratings.csv": ("userId,movieId,rating,timestamp\n" + LOG.replace("\t", ","), lambda p: readers.read_movielens(p.parent)),
-    "user_sequence.txt": (SEQUENCES, lambda p: readers.read_openp5(p.parent)), "interactions.csv": (CSV, lambda p: readers.read_csv(p.parent)),
+    "user_sequence.txt": (SEQUENCES, lambda p: readers.read_openp5(p.parent)),
+    "interactions.csv": (CSV, lambda p: readers.read_csv(p.parent)),
     "items.csv": (ODD["items.csv"], readers.read_items), "items.tsv": (openp5()["items.tsv"], readers.read_items),
-    "items.jsonl": ('{"id": "a", "title": "T", "text": null, "attributes": {"x": ["y", 1]}}\n{"asin": 3, "brand": "b|c"}\n', readers.read_items),
+    "items.jsonl": ('{"id": "a", "title": "T", "text": null, "attributes": {"x": ["y", 1]}}\n{"asin": 3, "brand": "b|c"}\n',
+                    readers.read_items),
     "prompts.txt": ((ROOT / "prompts.txt").read_text(), data.load_prompts)}
 
 
@@ -464,7 +471,7 @@ def test_readers_under_fuzz(tmp_path, file):
     assert refused > 10
 
 
-def test_binary_files_under_fuzz(work, tmp_path):  # noqa: F811
+def test_binary_files_under_fuzz(work, tmp_path):
     """The same for .npz, .safetensors and config.json, and for a prepared folder whose sums are right and whose content is not."""
     import hashlib
     shutil.copytree(work / "data" / "toy", tmp_path / "toy")
@@ -494,20 +501,23 @@ def test_binary_files_under_fuzz(work, tmp_path):  # noqa: F811
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, step", [("train_stage1.py", 3), ("train_stage2.py", 3), ("train_stage1.py", 2)])
-def test_a_loss_that_is_not_finite_stops_at_once(script, work, tmp_path, name, step):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_at_once(script, work, tmp_path, name, step):
     """At whatever step, not only where there is a line of the log; what was saved before is kept, and can be gone on from."""
-    spoil = {"train_stage1.py": "t.pair_loss = lambda name, *rest: (lambda l: (l[0] * (float('nan') if name == 'ui' else 1), l[1]))(kept(name, *rest))",
-             "train_stage2.py": "t.pack = kept"}[name]
-    target = {"train_stage1.py": "pair_loss", "train_stage2.py": "pack"}[name]
-    module = name[:-3]
-    if name == "train_stage2.py":
-        code = (f"import {module} as t, ilm\nforward, rate = ilm.ILM.forward, t.set_learning_rate\nnow = []\n"
-                f"def hooked(o, step, *rest): now[:] = [step]; return rate(o, step, *rest)\nt.set_learning_rate = hooked\n"
-                f"def spoiled(self, batch): a, b = forward(self, batch); bad = float('nan') if now == [{step}] and self.training else 1; "
-                f"return a * bad, b * bad\nilm.ILM.forward = spoiled")
-    else:
-        code = (f"import {module} as t\nkept, rate = t.{target}, t.set_learning_rate\n"
-                f"def hooked(o, step, *rest):\n    if step == {step}: {spoil}\n    return rate(o, step, *rest)\nt.set_learning_rate = hooked")
+    code = f"""
+import ilm, {name[:-3]} as t
+rate, forward, pair, now = t.set_learning_rate, ilm.ILM.forward, getattr(t, "pair_loss", None), []
+def hooked(optimizer, step, *rest):
+    now[:] = [step]
+    return rate(optimizer, step, *rest)
+def bad(training=True):
+    return float("nan") if now == [{step}] and training else 1.0
+def spoiled_pair(name, *rest):
+    loss, accuracy = pair(name, *rest)
+    return loss * (bad() if name == "ui" else 1.0), accuracy
+def spoiled_forward(self, batch):
+    return tuple(x * bad(self.training) for x in forward(self, batch))
+t.set_learning_rate, t.pair_loss, ilm.ILM.forward = hooked, spoiled_pair, spoiled_forward
+"""
     argv = [*STAGES[name], "--out", tmp_path / "run"]
     line = one_line(script(name, *argv, cwd=work, before=code), 2, f"step {step}: loss ", "is nan", "kept", "--lr")
     assert "loss ui" in line if "1" in name else re.search("loss (sequential|straightforward|text)", line)
@@ -522,14 +532,13 @@ def test_an_fp16_overflow_is_the_scalers_business():
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale((weight * torch.inf).sum()).backward()
     norm = train_stage1.clip_and_step(optimizer, scaler)
-    assert torch.equal(weight.data, torch.ones(3)) and train_stage1.scale_of(scaler) == {"scale": 4.0}
+    assert torch.equal(weight.data, torch.ones(3)) and scaler.get_scale() == 4.0
     train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, norm, scaler)
     with pytest.raises(data.InputError, match="step 7: loss itc is inf"):
         train_stage1.check_finite({"itc": torch.tensor(torch.inf)}, 7, norm, scaler)
     off = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(data.InputError, match="step 7: the norm of the gradient is nan"):
         train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, float("nan"), off)
-    assert train_stage1.scale_of(off) == {}
 
 
 # ---- Leakage ---------------------------------------------------------------------------------------------------------
@@ -562,18 +571,15 @@ def test_test_items_influence_no_prepared_file(planted):
 
 
 def test_test_items_influence_no_pair_history_prompt_or_target(planted):
-    rngs = lambda: (np.random.default_rng(3) for _ in range(4))
     seen = []
     for dataset in planted:
-        pairs, (r1, r2, r3, r4) = train_stage1.Pairs(dataset), rngs()
-        config, _ = train_stage2.make_config(args := train_stage2.parse_args(["--method", "ilm-rand", "--data", str(dataset.path)]), dataset)
+        pairs, rng = train_stage1.Pairs(dataset), np.random.default_rng(3)
+        args = train_stage2.parse_args(["--method", "ilm-rand", "--data", str(dataset.path)])
         torch.manual_seed(0)
-        from ilm import build_ilm
-        examples = train_stage2.Examples(build_ilm(config, dataset, torch.device("cpu")), dataset)
-        batches = [examples.batch(kind, 4, r3) for kind in ("sequential", "straightforward", "text")]
-        valid = examples.held_out("valid", 20, 8)
-        seen.append([pairs.ii(200, r1), pairs.ui(30, r2), batches, valid, [dataset.items_of(u, "valid").tolist() for u in range(40)]])
-        assert args.seed == 0
+        examples = train_stage2.Examples(build_ilm(train_stage2.make_config(args, dataset)[0], dataset, torch.device("cpu")), dataset)
+        batches = [examples.batch(kind, 4, rng) for kind in ("sequential", "straightforward", "text")]
+        histories = [dataset.items_of(u, "valid").tolist() for u in range(40)]
+        seen.append([pairs.ii(200, rng), pairs.ui(30, rng), batches, examples.held_out("valid", 20, 8), histories])
     flat = lambda x: x.tolist() if torch.is_tensor(x) else {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else \
         [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
     assert flat(seen[0]) == flat(seen[1])
@@ -582,7 +588,6 @@ def test_test_items_influence_no_pair_history_prompt_or_target(planted):
 def test_test_items_influence_no_weight_and_no_choice_of_a_checkpoint(planted, script, tmp_path):
     """Both stages on both data sets: the same losses, best checkpoint and weights, bit by bit. Learning rates are chosen by the loss
     of validation, which is among them (assets/tables.sh, search)."""
-    from test_interruption import outcome
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     found = []
     for name, dataset in zip("ab", planted):
