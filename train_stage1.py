@@ -114,7 +114,7 @@ class RunDirectory:
 
     def __init__(self, args, config, tokenizer=None):
         self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
-        self.state, self.writes = None, process()[0] == 0
+        self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
         end_move(self.path, tidy=self.writes)
         if args.resume:
             if not (self.path / "state.pt").is_file():
@@ -125,7 +125,7 @@ class RunDirectory:
                 self.start, self.best = self.state["step"], self.state["best"]
                 lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
                 lines = [x for x in lines if json.loads(x)["step"] < self.start]
-            if changed := [k for k in config if config[k] != before.get(k)]:
+            if changed := [k for k in config if config[k] != before.get(k, config[k])]:
                 raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
             if self.writes:
                 write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
@@ -167,17 +167,17 @@ class RunDirectory:
             write(folder)
 
         if self.writes:
-            write(self.path) if self.state else write_atomically(self.path, write_all, keep=True)
-            self.state = state
+            write(self.path) if self.begun else write_atomically(self.path, write_all, keep=True)
+            self.begun = True
             if step == self.args.steps:
                 drop_previous(self.path)
 
     def stop_if_asked(self, step, *state):
-        """After SIGINT or SIGTERM: save and leave."""
-        if signals.came:
+        """After SIGINT or SIGTERM, to whichever process: all save and leave at the same step."""
+        if any(sum_over_processes(signals.came or 0)):
             self.save(step, *state)
-            again = shlex.join([*sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-            raise Interrupted(signals.came, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: python {again}")
+            again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
+            raise Interrupted(signals.came or 15, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}")
 
 
 def progress(start, steps, what):

@@ -157,7 +157,7 @@ def end_move(folder, tidy=False):
     for left in Path(folder).glob("*.tmp-*") if tidy else ():
         left.unlink(missing_ok=True)
     ready, keep = Path(folder) / "tmp-ready", Path(folder) / "tmp-ready" / "previous"
-    with suppress(FileNotFoundError):  # nothing to move, or another process does the same
+    with suppress(FileNotFoundError, NotADirectoryError):  # nothing to move, or another process does the same
         for name in [*sorted({f.name for f in ready.iterdir()} - {"previous"}), "metrics.json"]:
             new, old = ready / name, Path(folder) / name
             if keep.exists() and old.exists():

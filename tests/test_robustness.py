@@ -158,6 +158,7 @@ FLAGS = [  # script, flags, files, words
         (["--dataset", "csv", "--source", "nowhere"], ["nowhere", "interactions.csv"])]),
     *(("train_stage1.py", argv, files, words) for argv, files, words in [
         (["--data", "nowhere"], {}, ["nowhere", "not a prepared folder", "data.py"]),
+        (["--data", "f"], {"f": ""}, ["f: not a prepared folder"]),
         (["--steps", 0], {}, ["--steps", "at least 1"]), (["--steps", "x"], {}, ["--steps"]), (["--steps", "1e3"], {}, ["--steps"]),
         (["--batch-size", 1], {}, ["--batch-size", "at least 2"]), (["--lr", "nan"], {}, ["--lr"]), (["--lr", "inf"], {}, ["--lr"]),
         (["--lr", -1], {}, ["--lr"]), (["--text-fraction", 0], {}, ["--text-fraction"]), (["--text-fraction", 2], {}, ["--text-fraction"]),
@@ -168,7 +169,8 @@ FLAGS = [  # script, flags, files, words
         (["--init-bert", "./nowhere"], {}, ["./nowhere"]), (["--init-bert", "assets/toy_llm"], {}, ["--init-bert assets/toy_llm"]),
         (["--resume", "--out", "nowhere"], {}, ["no state.pt", "without --resume"])]),
     *(("train_stage2.py", argv, files, words) for argv, files, words in [
-        (["--stage1", "nowhere"], {}, ["nowhere", "train_stage1.py"]), (["--stage1", "WORK/train_stage2"], {}, ["stage2 run"]),
+        (["--stage1", "nowhere"], {}, ["nowhere", "train_stage1.py"]),
+        (["--stage1", "f"], {"f": ""}, ["f: not a finished stage1 run"]), (["--stage1", "WORK/train_stage2"], {}, ["stage2 run"]),
         (["--method", "magic"], {}, ["--method", "ilm-rand"]), (["--mix", 0, 0, 1], {}, ["--mix"]), (["--mix", 1, 1], {}, ["--mix"]),
         (["--mix", "nan", 1, 1], {}, ["--mix"]), (["--mix", -1, 1, 1], {}, ["--mix"]), (["--valid-users", 0], {}, ["--valid-users"]),
         (["--accumulate", 0], {}, ["--accumulate"]), (["--name-tokens", -1], {}, ["--name-tokens"]),
