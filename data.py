@@ -17,6 +17,7 @@ Equal times keep the order of the file (the sort is stable). The folder appears 
 import hashlib
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,25 @@ from assets.toy_world import toy_interactions, toy_world
 RANKING_TASKS = ("sequential", "straightforward")
 HISTORY = 20       # OpenP5: histories are cut to the last 20 items
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
+
+
+# ---- Device and precision --------------------------------------------------------------------------------------------
+
+def pick_device(name=None):
+    with reading(f"--device {name}", "cpu always works"):
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+
+
+def precision(device):
+    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
@@ -56,17 +76,15 @@ def load_weights(parameters, path):
             parameters[name].copy_(tensor)
 
 
-CONFIG = {"stage1": ["losses", "text_fraction"],  # what the readers of a run rely on
-          "stage2": "llm method num_queries train_llm item_names name_tokens prompt_items".split()}
+CONFIG = {"stage1": ["losses", "text_fraction"], "stage2": "llm method num_queries train_llm item_names name_tokens prompt_items".split()}
 
 
 def read_config(run, kind=None):
-    """config.json of a run directory of the given kind, stage1, stage2 or any."""
+    """config.json of a run directory of the given kind, stage1, stage2 or any; CONFIG: what its readers rely on."""
     end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind or 'training'} run (no config.json and model.safetensors); "
-                         f"run train_{kind or 'stage2'}.py --out {run} first")
+        raise InputError(f"{run}: not a finished {kind or 'training'} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
     with reading(path, "not what our training scripts write; train again"):
         config = json.loads(path.read_text())
         if kind not in (None, config["kind"]):

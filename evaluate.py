@@ -2,6 +2,7 @@
 
     python evaluate.py                                                    # all runs of out/toy, about 20 seconds
     python evaluate.py --run out/toy/ilm out/toy/mlp --controls --sasrec --json results.json
+    python evaluate.py --recommend users.txt                                  # the ten best items for each user id in the file
     python evaluate.py --table assets/results/toy/*.json --plot assets        # means over seeds and who differs; runs nothing
 
 Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one seen and one unseen
@@ -29,8 +30,8 @@ from transformers import AutoModel, AutoTokenizer
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, read_config, run_script
-from ilm import load_ilm, pick_device
+from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, pick_device, read_config, run_script
+from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
 from train_stage2 import Examples, collate, load_stage1, pack
@@ -242,6 +243,26 @@ def commit():
         return found.stdout.strip() or None
 
 
+# ---- Recommendations for many users ------------------------------------------------------------------------------------
+
+def recommend(run, args, device):
+    """Print the ten best items of every user in a file of ids, a line each: user, place, item, title, log p, between tabs."""
+    model = load_ilm(run, device, args.data, args.new)
+    dataset, examples = model.dataset, Examples(model, model.dataset)
+    number, users = {name: u for u, name in enumerate(dataset.users)}, []
+    for line, name in enumerate(Path(args.recommend).read_text(encoding="utf-8").split("\n"), 1):
+        if name.strip() and name.strip() not in number:
+            raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}; users who came later need --new")
+        users += [number[name.strip()]] if name.strip() else []
+    print("user\tplace\titem\ttitle\tlog_p")
+    for chunk in (users[k:k + args.batch_size] for k in range(0, len(users), args.batch_size)):
+        had = [dataset.items_of(u) for u in chunk]  # all of it: nothing is being tested here
+        prompts = [examples.ranking("sequential", u, items, examples.templates["sequential", "seen"][0]) for u, items in zip(chunk, had)]
+        for u, found in zip(chunk, model.recommend(prompts, had)):
+            for place, (i, log_p) in enumerate(found, 1):
+                print(dataset.users[u], place, dataset.items[i]["id"], dataset.items[i]["title"], f"{log_p:.3f}", sep="\t")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def show(results, args):
@@ -254,8 +275,10 @@ def show(results, args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--run", nargs="+", help="run directories [all of out/toy]")
+    p.add_argument("--run", nargs="+", help="run directories [all of out/toy; with --data data/NAME, of out/NAME]")
     p.add_argument("--data", help="prepared folder [the run's]")
+    p.add_argument("--recommend", metavar="FILE", help="evaluate nothing: print the ten best items for each user id in FILE, one a line")
+    p.add_argument("--new", metavar="FOLDER", help="with --recommend: interactions.csv (and items.csv) of users and items that came later")
     p.add_argument("--split", default="test", choices=["valid", "test"], help="[test]")
     p.add_argument("--tasks", nargs="+", default=[*RANKING_TASKS, "text"], choices=[*RANKING_TASKS, "text"], help="[all]")
     p.add_argument("--beams", type=int, help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]")
@@ -277,13 +300,16 @@ def main():
     if args.table:
         results = [json.loads(Path(f).read_text()) for f in args.table]
         return show([r for found in results for r in (found if isinstance(found, list) else [found])], args)
-    runs = args.run or sorted(str(f.parent) for f in Path("out/toy").glob("*/model.safetensors"))
+    folder = Path("out", Path(args.data or "toy").name)
+    runs = args.run or sorted(str(f.parent) for f in folder.glob("*/model.safetensors"))
     if not runs:
-        raise InputError("no runs in out/toy; run train_stage1.py and train_stage2.py first, or name run directories with --run")
+        raise InputError(f"no runs in {folder}; run train_stage1.py and train_stage2.py first, or name run directories with --run")
     for run in runs:
         if not (Path(run) / "config.json").is_file():
             raise InputError(f"{run}: not a run directory (no config.json); run train_stage2.py --out {run} first")
     device = pick_device(args.device)
+    if args.recommend:
+        return recommend((args.run or [str(folder / "ilm")])[0], args, device)
     results = [evaluate_run(run, args, device) for run in runs]
     if args.json:
         write_file(Path(args.json), lambda f: f.write_text(json.dumps(results)))

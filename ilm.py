@@ -23,29 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from assets.hub import Portable
-from data import SOFT, InputError, extend, from_pretrained, item_names, load_dataset, load_weights, read_config, run_script
+from data import (SOFT, InputError, autocast, extend, from_pretrained, item_names, load_dataset, load_weights, pick_device, precision,
+                  read_config, run_script)
 from qformer import MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
-
-
-# ---- Device and precision --------------------------------------------------------------------------------------------
-
-def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def precision(device):
-    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device):
-    dtype = precision(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
@@ -106,8 +89,8 @@ def best_of_each(user, score, n):
 
 
 def additive(may_attend, dtype):
-    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, which every implementation of it accepts."""
-    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, torch.finfo(dtype).min)
+    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, finite in every type that autocast may choose."""
+    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, -3e4)
 
 
 # ---- Packed rows: several examples in one sequence (train_stage2.pack) ------------------------------------------------
@@ -188,9 +171,10 @@ class ILM(nn.Module, Portable):
             raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
         else:
             hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
-        if not torch.allclose(whole, ours := self.head(hidden), rtol=0.02, atol=0.02):
-            self.logit_scale = float((whole * ours).sum() / (ours * ours).sum())
-            if not torch.allclose(whole, self.head(hidden), rtol=0.02, atol=0.02):
+        differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
+        if differ():
+            self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
+            if differ():
                 raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
 
     def autocast(self):
@@ -203,9 +187,10 @@ class ILM(nn.Module, Portable):
         pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
         A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:256]], device=self.cf.device)
-        reader = self.llm.get_encoder() if self.seq2seq else self.llm.base_model
-        states = reader(ids, output_hidden_states=True).hidden_states
-        words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median()
+        reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
+        states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+        gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
+        words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
@@ -225,10 +210,12 @@ class ILM(nn.Module, Portable):
     def prompt_ids(self, template, user=None, history=(), items=(), named=True):
         """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
 
-        The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the
-        context loses its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is
-        a conversation, user and model in turn. A tokenizer's chat template, if there is one, is put around all."""
+        {item:7}, {user:7} and {history:7,8} say themselves whom they mean, by index (an item from add() has no name). The text is
+        tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
+        its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
+        conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
         tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
+        turns = [template] if isinstance(template, str) else template
         while True:
             entities, queue = [], list(items)
 
@@ -237,33 +224,41 @@ class ILM(nn.Module, Portable):
                 return SOFT * self.K if self.encoder is not None else ""
 
             def mention(item, named=True):
-                return (self.names[item] if named and not tokens_only else "") + soft(item)
+                return (self.names[item] if named and not tokens_only and item < self.num_items else "") + soft(item)
 
             def fill(match):
+                given = [int(i) for i in match[2].split(",")] if match[2] else None
                 if match[1] == "user":
-                    return f"user {soft(self.num_items + user) or self.dataset.users[user]}"
-                return (mention(queue.pop(0), named) or "this item") if match[1] == "item" else ", ".join(mention(int(i)) for i in history)
+                    person = given[0] if given else user
+                    return f"user {soft(self.num_items + person) or self.dataset.users[person]}"
+                if match[1] == "item":
+                    return mention(given[0] if given else queue.pop(0), named) or "this item"
+                return ", ".join(mention(int(i)) for i in given or history)
 
-            turns = [template] if isinstance(template, str) else template
-            turns = [re.sub(r"\{(user|history|item)\}", fill, turn.replace(SOFT, "")) for turn in turns]
-            text, chat = "\n".join(turns), self.tokenizer.chat_template
+            text = [re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, "")) for turn in turns]
+            chat = self.tokenizer.chat_template
             if chat:
-                turns = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
+                text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            else:
+                text = "".join(turn + (" ", self.tokenizer.eos_token)[k % 2] for k, turn in enumerate(text))[:-1]
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
                 assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
                 ids = [next(slots) if i == self.soft_id else i for i in ids]
-            if len(ids) + 64 <= self.context or not history:
+            if len(ids) + 64 <= self.context or not history and len(turns) < 3:
                 break
-            history = history[1:]
+            history, turns = history[1:], turns if history else turns[2:]
         if len(ids) >= self.context:
             raise InputError(f"a prompt of {len(ids)} tokens does not fit the LLM's context of {self.context}: {text[:60]!r}")
         return ids
 
     def target_ids(self, text):
-        return self.tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        """What follows a prompt: after a space, unless it is the reply in a chat, or the tokenizer puts one before every text."""
+        ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        space = "" if self.tokenizer.chat_template or ids("a a") == 2 * ids("a") else " "
+        return ids(space + text) + [self.tokenizer.eos_token_id]
 
     # -- forward
 
@@ -302,21 +297,17 @@ class ILM(nn.Module, Portable):
     def decode_branches(self, batch):
         """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden), labels (N,), nodes (N,)."""
         prompts, targets, nodes = zip(*unpacked(batch))
-        ids, mask, _ = self.left_pad([p.tolist() for p in prompts])
+        ids, mask, _ = self.pad([p.tolist() for p in prompts])
         states = self.encode_prompts(self.embed(ids), mask)
-        start = torch.tensor([self.llm.config.decoder_start_token_id], device=ids.device)
+        start = torch.tensor([self.llm.generation_config.decoder_start_token_id], device=ids.device)
         label, node = (nn.utils.rnn.pad_sequence(x, True, -100) for x in (targets, nodes))
         hidden = self.decode(nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states)
         return hidden[label >= 0], label[label >= 0], node[label >= 0]
 
     def head(self, hidden, tokens=None):
         """Logits (N, V), or of some tokens alone."""
-        out = self.llm.get_output_embeddings()
-        if tokens is None:
-            logits = out(hidden).float() * self.logit_scale
-        else:
-            bias = None if out.bias is None else out.bias[tokens]
-            logits = nn.functional.linear(hidden, out.weight[tokens], bias).float() * self.logit_scale
+        out, rows = self.llm.get_output_embeddings(), slice(None) if tokens is None else tokens
+        logits = nn.functional.linear(hidden, out.weight[rows], None if out.bias is None else out.bias[rows]).float() * self.logit_scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def forward(self, batch):
@@ -342,10 +333,10 @@ class ILM(nn.Module, Portable):
     def trie(self, renormalize=True):
         return self.names_trie if renormalize else Trie(self.name_ids, False).to(self.cf.device)
 
-    def left_pad(self, prompts):
-        """Prompts of unequal length -> ids, mask (B, L), positions: real tokens end at the right, where generation goes on."""
-        L = max(map(len, prompts))
-        pad = lambda rows: torch.tensor([[0] * (L - len(row)) + row for row in rows], device=self.cf.device)
+    def pad(self, prompts):
+        """Prompts -> ids, mask (B, L), positions: padded on the left, to end where generation goes on; for an encoder on the right."""
+        side = "right" if self.seq2seq else "left"
+        pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(self.cf.device)
         mask = pad([[1] * len(p) for p in prompts])
         return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -356,11 +347,11 @@ class ILM(nn.Module, Portable):
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
         taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
-        ids, sees, position = self.left_pad(prompts)
+        ids, sees, position = self.pad(prompts)
         B, device, beams = len(ids), ids.device, beams or trie.num_items
         if self.seq2seq:
             states, sees = self.encode_prompts(self.embed(ids), sees)
-            path = torch.full((B, 1), self.llm.config.decoder_start_token_id, device=device)
+            path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
             hidden = self.decode(path, states, sees)
         else:
             hidden, cache = self.body(self.embed(ids), sees, position, DynamicCache(), use_cache=True)
@@ -404,14 +395,22 @@ class ILM(nn.Module, Portable):
         scores[found[0], found[1]] = found[2]
         return scores
 
+    def recommend(self, prompts, taken, k=10):
+        """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each prompt the items to leave out."""
+        mask = torch.zeros(len(prompts), self.num_items, dtype=torch.bool)
+        for row, items in zip(mask, taken):
+            row[list(items)] = True
+        with self.autocast():
+            scores = self.rank(prompts, self.names_trie, 0 if self.num_items <= 1000 else max(20, k), mask.to(self.cf.device))
+        return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
+
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=48, **kwargs):
+    def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
-        ids, mask, _ = self.left_pad(prompts)
-        end = self.tokenizer.eos_token_id
-        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                eos_token_id=end, pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-                                **kwargs)
+        (ids, mask, _), end, pad = self.pad(prompts), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        ends = self.llm.generation_config.eos_token_id  # a list where a chat model ends its turns in another way
+        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **more,
+                                eos_token_id=[end, *ends] if isinstance(ends, list) else end, pad_token_id=end if pad is None else pad)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def saved_parameters(self):
@@ -434,11 +433,11 @@ def make_encoder(config, cf_dim, hidden):
 
 
 def build_ilm(config, dataset, device):
-    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. The LLM is in bf16 where the device has it,
-    else in fp32; its attention is transformers' default, sdpa where the type allows it."""
+    """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. A frozen LLM is in bf16 where the device has
+    it, else in fp32, like one that trains (a step is lost in bf16's rounding). Attention: transformers' choice, sdpa where the type can."""
     seq2seq = from_pretrained(AutoConfig, config["llm"], "--llm").is_encoder_decoder
     llm = from_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config["llm"], "--llm",
-                          dtype=torch.bfloat16 if precision(device) == torch.bfloat16 else torch.float32)
+                          dtype=torch.float32 if config["train_llm"] or precision(device) != torch.bfloat16 else torch.bfloat16)
     tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
     if tokenizer.eos_token_id is None:
         raise InputError(f"--llm {config['llm']}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
@@ -472,12 +471,9 @@ def main():
     args = p.parse_args()
     model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
     if args.export:
-        if model.encoder is None:
-            raise InputError(f"--export: {args.run} is a text-only run, without soft tokens")
         return print(f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second")
     from assets.chat import Chat
-    chat = Chat(model)
-    print(chat.answer(args.prompt)) if args.prompt else chat.converse()
+    Chat(model).answer(args.prompt) if args.prompt else Chat(model).converse()
 
 
 if __name__ == "__main__":

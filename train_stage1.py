@@ -32,8 +32,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from assets.bert import init_from_bert
 from assets.guard import (InputError, Interrupted, Parser, a_seed, drop_previous, end_move, reading, run_script, signals, within,
                           write_atomically, write_file)
-from data import fingerprint, from_pretrained, load_dataset
-from ilm import autocast, pick_device, precision
+from data import autocast, fingerprint, from_pretrained, load_dataset, pick_device, precision
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
@@ -43,7 +42,7 @@ LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # con
 
 def add_training_args(p, out, steps, batch_size, lr, rows=1):
     p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
-    p.add_argument("--out", default=out, help=f"run directory [{out}]")
+    p.add_argument("--out", help=f"run directory [out/NAME/{out}, NAME that of --data: out/toy/{out}]")
     p.add_argument("--steps", type=within(int, 1), default=steps, help=f"optimizer steps [{steps}]")
     p.add_argument("--batch-size", type=within(int, rows), default=batch_size, help=f"[{batch_size}]")
     p.add_argument("--lr", type=within(float, 0, 100), default=lr, help=f"peak, after 5 %% of the steps; then cosine to a tenth [{lr}]")
@@ -360,13 +359,15 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/stage1", steps=250, batch_size=64, lr=1e-3, rows=2)  # a loss that contrasts needs two
+    add_training_args(p, "stage1", steps=250, batch_size=64, lr=1e-3, rows=2)  # a loss that contrasts needs two
     add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
     p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
     p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.out = args.out or f"out/{Path(args.data).name}/stage1"
+    return args
 
 
 def draw_batch(train_items, pairs, args, world, rng):

@@ -1,10 +1,10 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
     python train_stage2.py                                                 # ILM on the toy world, CPU: about 3 minutes
-    python train_stage2.py --method mlp --out out/toy/mlp                  # CoLLM's two-layer MLP in place of the Q-Former
-    python train_stage2.py --method ilm-rand --out out/toy/ilm-rand        # a Q-Former that skipped stage 1
-    python train_stage2.py --method text --train-llm --out out/toy/text    # OpenP5's way: names only, the LLM itself is trained
-    python train_stage2.py --data data/ml-1m --llm org/model --stage1 out/ml-1m/stage1 --out out/ml-1m/ilm
+    python train_stage2.py --method mlp                                    # CoLLM's two-layer MLP in place of the Q-Former
+    python train_stage2.py --method ilm-rand                               # a Q-Former that skipped stage 1
+    python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
+    python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
 
 The loss is the LLM's own: -log p(target tokens | prompt). It reaches the item encoder and the adapter through the frozen LLM, whose
 weights never change. DEVIATION: p of an item's name is divided among the names of the catalogue, token by token, exactly as when
@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 
 from assets.guard import Parser, reading, within
 from data import (HISTORY, RANKING_TASKS, InputError, check_fingerprint, fingerprint, from_pretrained, load_dataset, load_prompts,
-                  load_weights, read_config)
-from ilm import build_ilm, precision
+                  load_weights, precision, read_config)
+from ilm import build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
                           make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
@@ -191,12 +191,12 @@ def load_stage1(run, dataset, device):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "out/toy/ilm", steps=600, batch_size=16, lr=2e-3)
+    add_training_args(p, "ilm", steps=600, batch_size=16, lr=2e-3)
     add_qformer_args(p, num_queries=None, layers=None, width=None)
     p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
-    p.add_argument("--stage1", default="out/toy/stage1", help="run directory of train_stage1.py, for --method ilm [out/toy/stage1]")
-    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of a decoder-only LLM [assets/toy_llm]")
+    p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
+    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]")
     p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
     p.add_argument("--item-names", default="title", metavar="title|random|FILE",
                    help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]")
@@ -209,6 +209,8 @@ def parse_args(argv=None):
     p.add_argument("--mix", type=within(float, 0), nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
                    help="share of batches of each kind [.3 .5 .2]")
     args = p.parse_args(argv)
+    args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
+    args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
     if not sum(args.mix[:2]):
         raise InputError("--mix: the first two shares must not both be 0")
     load_prompts(*filter(None, [args.prompts]))  # a mistake in it is said before the LLM is loaded

@@ -1,37 +1,172 @@
-"""Talking to an ILM in the terminal: answers to prompts that mention items and users."""
+"""Talking to an ILM in the terminal: a conversation in which items and users are mentioned, and ranked lists of recommendations.
+
+Everything the model reads goes through ILM.prompt_ids, as in training; this file only finds out who is meant and prints."""
+import difflib
 import re
 import sys
+from contextlib import suppress
 
-from data import InputError
+import torch
+from transformers import TextStreamer
+
+from data import RANKING_TASKS, InputError, fold_in, load_prompts, standardise
+
+HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
+item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
+  /recommend MENTIONS   the same, by a prompt from training: for a user, or for someone new who liked the items mentioned
+  /list [N]             items, 20 from the N-th on              /search WORDS   items by title or text
+  /show MENTION         what is known of an item                /new            forget the conversation
+  /help                 this                                    /quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"""
+
+
+def printable(text):
+    """Without control characters: a title from a stranger's catalogue must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+class Printer(TextStreamer):
+    """Prints a reply while it is written, and keeps it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        text = printable(text if self.text else text.lstrip())
+        self.text += text
+        print(text, end="\n" if stream_end else "", flush=True)
 
 
 class Chat:
     def __init__(self, model):
-        ids = {"item": [item["id"] for item in model.dataset.items], "user": model.dataset.users}
-        self.model, self.known = model, {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
+        self.model, self.items, self.turns = model, model.dataset.items, []
+        ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
+        self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
+        lines = load_prompts(*filter(None, [model.config.get("prompts")]))
+        self.templates = {task: next(t[2] for t in lines if t[:2] == (task, "seen")) for task in RANKING_TASKS}
 
-    def answer(self, text):
-        """Answer one prompt with {item:ID}, {user:ID}, {history:ID,ID} in it (original ids)."""
-        model, found = self.model, {"item": [], "user": [], "history": []}
+    # -- Who is meant
 
-        def resolve(match):
-            kind = "user" if match[1] == "user" else "item"
-            for name in match[2].split(","):
-                if name not in self.known[kind]:
-                    raise InputError(f"no {kind} with the id {name!r} in {model.dataset.path}")
-                found[match[1]].append(self.known[kind][name])
-            return "{" + match[1] + "}"
+    def number(self, kind, name):
+        """Index of an item or a user of the data set, by its original id."""
+        name = name.strip()
+        if name not in self.known[kind]:
+            close = difflib.get_close_matches(name, self.known[kind], 3, 0.5)
+            raise InputError(f"no {kind} has the id {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        return self.known[kind][name]
 
-        template = re.sub(r"\{(item|user|history):([^{}]+)\}", resolve, text)
-        if len(found["user"]) > 1 or re.search(r"\{(item|user|history)\}", text):
-            raise InputError("mention {item:ID}, {history:ID,ID} and at most one {user:ID}")
-        named = model.encoder is None  # as in training
-        return model.generate([model.prompt_ids(template, *found["user"] or [None], found["history"], found["item"], named)])[0]
+    def titled(self, part):
+        """The item whose title has `part` in it; if several have, or none, the candidates are told."""
+        titles, part = [item["title"].lower() for item in self.items], part.strip().lower()
+        found = [i for i, title in enumerate(titles) if title == part] or [i for i, title in enumerate(titles) if part and part in title]
+        if len(found) == 1:
+            return found[0]
+        near = found or [titles.index(title) for title in difflib.get_close_matches(part, titles, 5, 0.3)]
+        names = ", ".join(f"[{self.items[i]['title']}]" for i in near[:5])
+        raise InputError(f"{len(found) or 'no'} titles have {part!r} in them" + (f"; did you mean {names}?" if near else ""))
+
+    def mixture(self, terms):
+        """ID*0.5+item:ID*0.5 -> an entity between its items, one that does not exist (ELM's interpolation), or None if it is no mixture."""
+        parts = [re.fullmatch(r"(.+)\*(-?\d*\.?\d+)", term) for term in terms.split("+item:")]
+        if not all(parts):
+            return None
+        return self.model.add(sum(float(p[2]) * self.model.cf[self.number("item", p[1])] for p in parts))
+
+    def resolve(self, text):
+        """Mentions by id or title -> the indices that ILM.prompt_ids understands."""
+        def mention(match):
+            kind, name = match[1] or "item", match[2]
+            if kind == "history":
+                return "{history:" + ",".join(str(self.number("item", x)) for x in name.split(",")) + "}"
+            if match[1] is None:
+                return f"{{item:{self.titled(match[3])}}}"
+            entity = self.mixture(name) if kind == "item" and name not in self.known["item"] else None
+            return f"{{{kind}:{self.number(kind, name) if entity is None else entity}}}"
+
+        if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
+            raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
+        return re.sub(r"\{(item|user|history):([^{}]+)\}|\[([^][]+)\]", mention, text)
+
+    # -- Replies
+
+    def answer(self, line):
+        """Print the reply to one line of the conversation: written text, or a ranked list where the line asks to recommend."""
+        text = self.resolve(line)
+        if re.search(r"\brecommend\b", line, re.I) and re.search(r"\{(user|item|history):", text):
+            return self.recommend(text, text)
+        printer, named = Printer(self.model.tokenizer), self.model.encoder is None  # items unnamed, as in the text tasks of training
+        prompt = self.model.prompt_ids([*self.turns, text], named=named)
+        try:
+            with self.model.autocast():
+                self.model.generate([prompt], min(128, self.model.context - len(prompt)), streamer=printer)
+        except KeyboardInterrupt:
+            print(" (stopped)")
+        self.turns += [text, printer.text.strip().translate({ord("{"): "(", ord("}"): ")"})]
+
+    def recommend(self, text, template=None):
+        """Print the ten best items for the user in `text`, or for a new one, folded in from the items in it. What they had is left out."""
+        users = [int(u) for u in re.findall(r"\{user:(\d+)\}", text)]
+        history = [int(i) for group in re.findall(r"\{(?:item|history):([\d,]+)\}", text) for i in group.split(",")]
+        history = [i for i in history if i < len(self.items)]
+        if not users and not history:
+            raise InputError("for whom? Mention a user, {user:ID}, or what somebody liked, [title]")
+        had = history or ([int(i) for i in self.model.dataset.items_of(users[0])] if users[0] < len(self.known["user"]) else [])
+        if template is None:
+            if not users:
+                users = [self.model.add(standardise(fold_in(self.model.dataset.raw_cf[1], history)[None], self.model.dataset.raw_cf[0])[0])
+                         - self.model.num_items]
+            template = self.templates["sequential"]
+        with torch.no_grad():
+            prompt = self.model.prompt_ids(template, *users[:1] or [None], had[-20:])
+            found, = self.model.recommend([prompt], [had])
+        for place, (item, log_p) in enumerate(found, 1):
+            print(f"{place:3}  {log_p:7.2f}  {self.name(item)}")
+
+    # -- The catalogue
+
+    def name(self, item):
+        return printable(f"{self.items[item]['id']}  {self.items[item]['title']}")
+
+    def list(self, start):
+        start = int(start) if start.isdigit() else 1
+        print("\n".join(map(self.name, range(len(self.items))[max(0, start - 1):][:20])) or f"there are {len(self.items)} items")
+
+    def search(self, words):
+        texts, words = [f"{item['title']} {item['text']}".lower() for item in self.items], words.lower().split()
+        found = [i for i, text in enumerate(texts) if all(word in text for word in words)]
+        print("\n".join(map(self.name, found[:20])) + f"\n{len(found)} items" * (len(found) != 1))
+
+    def show(self, mention):
+        text = self.resolve(mention if mention[:1] in ("{", "[") else f"[{mention}]")
+        for item in map(int, re.findall(r"\{item:(\d+)\}", text)):
+            if item < len(self.items):
+                print(self.name(item) + "\n" + printable(self.items[item]["text"] or "(no text)"))
+
+    def command(self, line):
+        """One line of the user's: a command or something to answer. True: leave."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return True
+        actions = {"/help": lambda: print(HELP), "/list": lambda: self.list(rest), "/search": lambda: self.search(rest),
+                   "/new": self.turns.clear, "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest))}
+        if line.startswith("/") and name not in actions:
+            raise InputError(f"{name}: no such command; /help lists them")
+        actions.get(name, lambda: self.answer(line))()
 
     def converse(self):
-        print("Mention {item:ID}, {user:ID} or {history:ID,ID}; an empty line or Ctrl-D leaves.")
-        while line := (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip():
+        terminal = sys.stdin.isatty()
+        if terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  (input() edits lines with it, and takes long ones)
+        print(HELP)
+        while True:
             try:
-                print(self.answer(line))
+                line = input("> ") if terminal else next(sys.stdin, None)
+                if line is None or line.strip() and self.command(line.strip()):
+                    return
             except InputError as error:
-                print(error)
+                print(printable(str(error)))
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D or /quit leaves)")
+            except EOFError:
+                return print()

@@ -24,8 +24,8 @@ class InputError(ValueError):
     """Something the user gave us is wrong; the message names the file, the line and the remedy."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM, and what to do next."""
+class Interrupted(BaseException):
+    """The number of a signal, and what to do next. No KeyboardInterrupt, which a conversation catches (assets/chat.py)."""
 
 
 def printable(text):
@@ -41,7 +41,8 @@ def run_script(main):
         if signals.gently and not signals.came:
             signals.came = number
             return
-        raise Interrupted(number, "what stood there before is kept; run the same command again, a training run with --resume")
+        raise (KeyboardInterrupt if number == signal.SIGINT else Interrupted)(number, "what stood there before is kept; run the same "
+                                                                              "command again, a training run with --resume")
 
     def leave(message, status):
         print(printable(message), file=sys.stderr)
@@ -55,7 +56,7 @@ def run_script(main):
         main()
     except (InputError, OSError) as error:
         leave(f"error: {error}", 2)
-    except Interrupted as stopped:
+    except (KeyboardInterrupt, Interrupted) as stopped:
         leave(f"interrupted: {stopped.args[1]}", 128 + stopped.args[0])
 
 

@@ -10,6 +10,8 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
+from data import InputError
+
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -35,6 +37,8 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
     def export(self, path, chunk=4096):
         """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
         than `chunk` of them are in memory at a time."""
+        if self.encoder is None:
+            raise InputError("a text-only run has no soft tokens to export")
         began, shape = time.time(), (len(self.cf), self.K, self.hidden)
         with open(path, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})

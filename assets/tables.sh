@@ -16,9 +16,9 @@ toy)
     llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
     [ -d data/toy ] || log python data.py ;;
 ml100k)
-    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25"
+    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 300 --eval-every 100" evaluate="--batch-size 25"
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
-    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 1500 ;;
+    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
     llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
@@ -58,7 +58,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
     [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
-        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/search" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
+        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
         best=$(sed -n 's/.*best validation loss \([0-9.]*\).*/\1/p' "$runs/search.txt")
         cat "$runs/search.txt" >> "$results/log.txt"
         printf '%s\t%s\t%s\n' "$1" "$lr" "$best" >> "$results/search.tsv"
@@ -76,7 +76,11 @@ run() {  # run METHOD SEED [evaluate flags]: train, evaluate, keep the JSON
     local tag=$1-s$2 lr
     [ -f "$results/$tag.json" ] && return
     lr=$(rate "$1")
-    log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $(flags "$1" "$2") --lr "$lr" >> "$results/log.txt"
+    if [ "$2" = 0 ] && [ -f "$runs/$1-lr$lr/model.safetensors" ]; then  # the search has made it
+        rm -rf "${runs:?}/$tag" && cp -r "$runs/$1-lr$lr" "$runs/$tag"
+    else
+        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $(flags "$1" "$2") --lr "$lr" >> "$results/log.txt"
+    fi
     log python evaluate.py --run "$runs/$tag" $evaluate "${@:3}" >> "$results/log.txt"
     cp "$runs/$tag/metrics.json" "$results/$tag.json"
 }

@@ -176,7 +176,7 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
             trie, allowed, index = ilm.Trie(names), allowed_by(names), {name: i for i, name in enumerate(names)}
 
             def theirs():
-                ids, mask, _ = model.left_pad(prompts)
+                ids, mask, _ = model.pad(prompts)
                 with torch.no_grad():
                     return model.llm.generate(inputs_embeds=model.embed(ids), attention_mask=mask, num_beams=beams, eos_token_id=0,
                                               num_return_sequences=beams, max_new_tokens=9, renormalize_logits=True, do_sample=False,

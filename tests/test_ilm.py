@@ -8,7 +8,6 @@ from conftest import ROOT, real
 
 import data
 import ilm
-from assets.chat import Chat
 from ilm import SOFT_BASE
 from train_stage2 import Examples, collate, pack
 
@@ -301,12 +300,6 @@ def test_a_real_checkpoint(make_ilm):
     torch.testing.assert_close(model.rank(prompts, trie, beams=60).topk(10)[0], exact.topk(10)[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(exact.exp().sum(1), torch.ones(3), atol=1e-3, rtol=1e-3)
     assert len(model.generate(prompts, 5)) == 3
-
-
-@pytest.mark.parametrize("text", ["Describe {item}.", "{user:0} and {user:1}", "What would {user} like?", "{item:nobody}"])
-def test_a_mention_that_names_nothing_is_one_line(make_ilm, text):
-    with pytest.raises(data.InputError):
-        Chat(make_ilm()).answer(text)
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path):

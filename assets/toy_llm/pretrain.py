@@ -2,7 +2,8 @@
 
     python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 12 minutes on two cores
     python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
-    python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k --vocab 3072 --steps 1500      # an LLM for other items
+    python assets/toy_llm/pretrain.py --probe --widths 160 768 --data data/ml-100k      # how wide an LLM for other items has to be
+    python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k --vocab 3072 --width 768 --layers 2 --mlp-width 512
 
 It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one from its description, list
 and recommend movies *in words*. It then stays frozen for good.
@@ -144,8 +145,8 @@ def train(args):
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.mlp_width or 3 * args.width,
-        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, loss at step 0 about ln V = "
@@ -197,6 +198,12 @@ def read_out(dataset, rows, train_rows, steps=400):
 
 def probe(args):
     dataset = data.load_dataset(args.data or "data/toy")
+    for width in args.widths:  # before there is an LLM: how wide has it to be? One token a name, rows drawn at random
+        torch.manual_seed(1)
+        rows = torch.randn(len(dataset.items), width) * 2 / math.sqrt(width)
+        print(f"width {width}: read-out ceiling of random rows, valid HR@10 {read_out(dataset, rows, False):.3f}", flush=True)
+    if args.widths:
+        return
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
     first = torch.tensor([tokenizer(" " + item["title"])["input_ids"][0] for item in dataset.items])
     rows = (model.lm_head.weight * model.model.norm.weight)[first].detach()             # the norm's gain folded into the head
@@ -209,6 +216,7 @@ def probe(args):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--probe", action="store_true", help="measure the read-out ceiling of what is in --out")
+    p.add_argument("--widths", type=int, nargs="+", default=[], help="with --probe: measure random rows of these widths instead")
     p.add_argument("--data", help="prepared folder whose items the LLM shall know [the toy world's]")
     p.add_argument("--out", default=str(HERE), help="folder to write [this one]")
     p.add_argument("--width", type=int, default=160, help="at least the number of items, or the head cannot tell them apart")
