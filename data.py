@@ -84,7 +84,7 @@ def read_config(run, kind=None):
     end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind or 'training'} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
+        raise InputError(f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
     with reading(path, "not what our training scripts write; train again"):
         config = json.loads(path.read_text())
         if kind not in (None, config["kind"]):
