@@ -14,13 +14,9 @@ prepares both, and the collaborative-filtering (CF) vectors that the item-langua
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts
 
 Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole."""
-import argparse
 import hashlib
 import json
-import os
 import re
-import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from assets.readers import MOVIELENS_URL, InputError, find, load_cf, read_csv, read_items, read_movielens, read_openp5
+from assets.guard import InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
+from assets.readers import MOVIELENS_URL, find, load_cf, read_csv, read_items, read_movielens, read_openp5
 from assets.toy_world import toy_interactions, toy_world
 
 RANKING_TASKS = ("sequential", "straightforward")
@@ -38,19 +35,11 @@ HISTORY = 20       # OpenP5: histories are cut to the last 20 items
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
-def run_script(main):
-    """Run a script's main(): a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
 def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with reading(f"--device {name}", "cpu always works"):
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
 
 
 def precision(device):
@@ -68,18 +57,17 @@ def autocast(device):
 # ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
 
 def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code in a checkpoint never runs."""
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
-    try:
+    with reading(f"{flag} {name}", "give the folder of a model that transformers can load without its own code"):
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_weights(parameters, path):
     """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
-    tensors = load_file(path)
+    with reading(path, "train again"):
+        tensors = load_file(path)
     wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
     if wrong:
         raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
@@ -88,18 +76,36 @@ def load_weights(parameters, path):
             parameters[name].copy_(tensor)
 
 
-def read_config(run, kind):
-    """config.json of a run directory of the given kind, stage1 or stage2."""
+CONFIG = {"stage1": ["losses", "text_fraction"], "stage2": "llm method num_queries train_llm item_names name_tokens prompt_items".split()}
+
+
+def read_config(run, kind=None):
+    """config.json of a run directory of the given kind, stage1, stage2 or any; CONFIG: what its readers rely on."""
+    end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind} run (no config.json and model.safetensors); run train_{kind}.py --out {run} first")
-    config = json.loads(path.read_text())
-    if config.get("kind") != kind:
-        raise InputError(f"{run}: is a {config.get('kind')} run, expected {kind}")
+        raise InputError(f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
+    with reading(path, "not what our training scripts write; train again"):
+        config = json.loads(path.read_text())
+        if kind not in (None, config["kind"]):
+            raise InputError(f"{run}: is a {config['kind']} run, expected {kind}")
+        if missing := {"data", "seed", "steps", "lr", "qformer", *CONFIG[config["kind"]]} - {*config}:
+            raise InputError(f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again")
     return config
 
 
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
+
+def fingerprint(dataset):
+    """What a run's config.json keeps to know its data set again: counts, and some CF numbers (equal up to rounding on other machines)."""
+    return [len(dataset.items), len(dataset.users), *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+
+
+def check_fingerprint(config, dataset, run):
+    before, now = config.get("fingerprint"), fingerprint(dataset)
+    if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
+        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
+
 
 @dataclass
 class Dataset:
@@ -143,18 +149,23 @@ def standardise(x, known=None):
 
 def load_dataset(path):
     """Read a prepared folder and check it against the sums in its meta.json."""
-    path = Path(path)
+    end_move(path := Path(path))
     if not (path / "meta.json").is_file():
         raise InputError(f"{path}: not a prepared folder (no meta.json); run `python data.py --out {path}` first")
-    meta = json.loads((path / "meta.json").read_text())
-    for name, sha in meta["sha256"].items():
-        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
-            raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
     lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
-    arrays = {**np.load(path / "sequences.npz", allow_pickle=False), **np.load(path / "cf.npz", allow_pickle=False)}
-    raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
-    return Dataset(path, meta, [json.loads(x) for x in lines("items.jsonl")], lines("users.txt"), arrays["indptr"], arrays["items"],
-                   standardise(raw[0]), standardise(raw[1]), raw, [json.loads(x) for x in lines("tasks.jsonl")])
+    with reading(path, "not what data.py writes; prepare the folder again"):
+        meta = json.loads((path / "meta.json").read_text())
+        for name, sha in meta["sha256"].items():
+            if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
+                raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
+        arrays = {**np.load(path / "sequences.npz", allow_pickle=False), **np.load(path / "cf.npz", allow_pickle=False)}
+        items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
+        users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
+        raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
+        if (len(indptr) - 1, len(raw[1]), indptr[-1]) != (len(raw[0]), len(items), len(sequence)) or not (sequence < len(items)).all() \
+                or {*meta["held_out"]} != {"valid", "test"}:
+            raise ValueError("its files do not belong together")
+        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
 
 
 def extend(dataset, folder):
@@ -275,7 +286,8 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
         order = torch.randperm(dataset.meta["items"], generator=torch.Generator().manual_seed(0)).tolist()
         return [f"item_{1001 + k}" for k in [*order, *range(len(order), len(dataset.items))]]  # later items (extend) come last
     if style != "title":
-        index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
+        with reading(f"--item-names {style}", "give title, random or a file with lines `id name`"):
+            index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
         missing = [item["id"] for item in dataset.items if item["id"] not in index]
         if missing:
             raise InputError(f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`")
@@ -294,13 +306,19 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
 def load_prompts(path=Path(__file__).with_name("prompts.txt")):
     """Template lines `task; seen|unseen; prompt; target` (OpenP5's format, and its placeholders) -> list of 4-tuples."""
     templates = []
-    for number, line in enumerate(open(path, encoding="utf-8"), 1):
+    with reading(path, "templates are lines of UTF-8 text, see prompts.txt"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
-            fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", line).split(";")]
-            if len(fields) != 4 or fields[1] not in ("seen", "unseen"):
-                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`")
-            if fields[0] in RANKING_TASKS:  # what OpenP5's targets have before the name belongs to the prompt
+            fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", printable(line)).split(";")]
+            ranking = fields[0] in RANKING_TASKS
+            if len(fields) != 4 or fields[1] not in ("seen", "unseen") or ranking and "{target}" not in fields[3]:
+                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`, a name to rank as {{target}}")
+            if ranking:  # what OpenP5's targets have before the name belongs to the prompt
                 fields[2] = f"{fields[2]} {fields[3].partition('{target}')[0]}".strip()
+            allowed = ("user", "history", "dataset") if ranking else ("item", "neighbour")
+            if strange := set(re.findall(r"{(\w+)}", fields[2])) - {*allowed}:
+                raise InputError(f"{path}, line {number}: a prompt of {fields[0]} cannot have {{{min(strange)}}}, only {' '.join(allowed)}")
             templates.append(tuple(fields))
     return templates
 
@@ -350,20 +368,6 @@ def text_tasks(items, splits, templates, item_cf, seed, limit=5000):
     return tasks
 
 
-def write_atomically(folder, write):
-    """Let write(temporary folder) fill a new folder, then rename it into place: readers see the old one or the new one."""
-    (folder := Path(folder)).parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (folder.with_name(f"{folder.name}.tmp-{kind}-{os.getpid()}") for kind in ("new", "old"))
-    try:
-        fresh.mkdir()
-        write(fresh)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True), shutil.rmtree(old, ignore_errors=True)
-
-
 def read_source(args):
     """The raw files -> users, items, times (equal length, file order) and the item table {id: item}."""
     if args.dataset == "toy":
@@ -371,9 +375,11 @@ def read_source(args):
         return *toy_interactions(world, args.max_users or 1000, args.seed), {item["id"]: item for item in world["items"]}
     log = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](args.source)
     names = ["u.item", "movies.dat", "movies.csv"] if args.dataset == "movielens" else ["items.tsv", "items.csv", "items.jsonl"]
-    table = read_items(Path(args.items) if args.items else find(args.source, names, args.dataset))
+    table = read_items(path := Path(args.items) if args.items else find(args.source, names, args.dataset))
     if not len(log[0]):
         raise InputError(f"--source {args.source}: no interactions in it")
+    if not any(i in table for i in np.unique(log[1]).astype(str).tolist()):
+        raise InputError(f"{path}: knows none of the items of --source {args.source}; give the item table of this log by --items")
     return *log, table
 
 
@@ -425,17 +431,17 @@ def prepare(args):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--dataset", default="toy", choices=["toy", "movielens", "openp5", "csv"], help="format of --source [toy]")
     p.add_argument("--source", help="folder with the raw files")
     p.add_argument("--items", help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)")
     p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
     p.add_argument("--cf", help="your own CF vectors (.npz with user and item) in place of ALS")
-    p.add_argument("--cf-dim", type=int, default=24, help="width E of the CF vectors [24]")
-    p.add_argument("--min-count", type=int, default=5, help="drop users and items with fewer interactions, iterated [5]")
-    p.add_argument("--max-users", type=int, help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
-    p.add_argument("--seed", type=int, default=0, help="users and interactions of the toy world, start of ALS [0]")
-    p.add_argument("--world-seed", type=int, default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
+    p.add_argument("--cf-dim", type=within(int, 1, 4096), default=24, help="width E of the CF vectors [24]")
+    p.add_argument("--min-count", type=within(int, 1), default=5, help="drop users and items with fewer interactions, iterated [5]")
+    p.add_argument("--max-users", type=within(int, 1), help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
+    p.add_argument("--seed", type=a_seed, default=0, help="users and interactions of the toy world, start of ALS [0]")
+    p.add_argument("--world-seed", type=a_seed, default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
     args = p.parse_args(argv)
     if args.dataset != "toy" and not args.source:
         raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")

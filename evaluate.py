@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoTokenizer
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, pick_device, run_script
+from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, pick_device, read_config, run_script
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts, write_file
@@ -197,9 +197,9 @@ def alignment(model, config, dataset, texts, items, device):
 
 def evaluate_run(run, args, device):
     """One run directory -> the dict of metrics.json (forks read it: keys are only added)."""
-    began, config = time.time(), json.loads((Path(run) / "config.json").read_text())
+    began, config = time.time(), read_config(run)
     data, log = args.data or config["data"], Path(run) / "log.jsonl"
-    curve = [row for row in map(json.loads, log.read_text().splitlines() if log.exists() else []) if any("valid" in k for k in row)]
+    curve = [row for row in map(json.loads, log.read_text().split("\n")[:-1] if log.exists() else []) if any("valid" in k for k in row)]
     out = {"run": str(run), "kind": config["kind"], "dataset": data, "seed": config["seed"], "split": args.split,
            "filtered": not args.keep_history, "commit": commit(), "device": str(device), "steps": config["steps"], "lr": config["lr"],
            "num_queries": config.get("num_queries") or config["qformer"]["num_queries"], "curve": curve}

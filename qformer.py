@@ -27,7 +27,7 @@ class QFormerConfig:
     num_queries: int = 4     # Q. BLIP-2 has 32; the paper's curve is best at a few
     width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
     layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
-    heads: int = 0           # H; 0 stands for width // 32
+    heads: int = 0           # H; 0 stands for width // 32, or the next smaller number that divides the width
     cf_tokens: int = 4       # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys
     proj_dim: int = 64       # P. 256 in BLIP-2
     max_text: int = 48       # T at most. 32 in BLIP-2
@@ -142,7 +142,7 @@ class CFKeys(nn.Module):
 class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        config = replace(config, heads=config.heads or max(1, config.width // 32))
+        config = replace(config, heads=config.heads or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0))
         self.config, self.width, D = config, config.width, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)

@@ -11,11 +11,12 @@ Held-out items lend their CF vectors to ii and ui, and their texts to nothing. T
 the validation items. DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 
 The first part of this file is what both training scripts need: schedule, optimizer, run directory."""
-import argparse
 import inspect
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from assets.bert import init_from_bert
-from data import InputError, autocast, from_pretrained, load_dataset, pick_device, precision, run_script
+from assets.guard import (InputError, Interrupted, Parser, a_seed, drop_previous, end_move, reading, run_script, signals, within,
+                          write_atomically, write_file)
+from data import autocast, fingerprint, from_pretrained, load_dataset, pick_device, precision
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
@@ -37,22 +40,22 @@ LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # con
 
 # ---- Shared by both stages -------------------------------------------------------------------------------------------
 
-def add_training_args(p, out, steps, batch_size, lr):
+def add_training_args(p, out, steps, batch_size, lr, rows=1):
     p.add_argument("--data", default="data/toy", help="prepared folder [data/toy]")
     p.add_argument("--out", help=f"run directory [out/NAME/{out}, NAME that of --data: out/toy/{out}]")
-    p.add_argument("--steps", type=int, default=steps, help=f"optimizer steps [{steps}]")
-    p.add_argument("--batch-size", type=int, default=batch_size, help=f"[{batch_size}]")
-    p.add_argument("--lr", type=float, default=lr, help=f"peak, reached after 5 %% of the steps, then cosine to a tenth [{lr}]")
-    p.add_argument("--eval-every", type=int, default=0, help="steps between validations [a tenth of --steps]")
+    p.add_argument("--steps", type=within(int, 1), default=steps, help=f"optimizer steps [{steps}]")
+    p.add_argument("--batch-size", type=within(int, rows), default=batch_size, help=f"[{batch_size}]")
+    p.add_argument("--lr", type=within(float, 0, 100), default=lr, help=f"peak, after 5 %% of the steps; then cosine to a tenth [{lr}]")
+    p.add_argument("--eval-every", type=within(int, 0), default=0, help="steps between validations [a tenth of --steps]")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--seed", type=a_seed, default=0, help="[0]")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
 
 
 def add_qformer_args(p, **defaults):
-    p.add_argument("--num-queries", type=int, default=defaults["num_queries"], help="Q, soft tokens per item [4]")
-    p.add_argument("--layers", type=int, default=defaults["layers"], help="Q-Former layers; cross-attention in every second [2]")
-    p.add_argument("--width", type=int, default=defaults["width"], help="Q-Former width D [128]")
+    p.add_argument("--num-queries", type=within(int, 1, 1024), default=defaults["num_queries"], help="Q, soft tokens per item [4]")
+    p.add_argument("--layers", type=within(int, 1, 256), default=defaults["layers"], help="layers; cross-attention in every second [2]")
+    p.add_argument("--width", type=within(int, 1, 1 << 16), default=defaults["width"], help="Q-Former width D [128]")
 
 
 def set_learning_rate(optimizer, step, steps, peak):
@@ -91,41 +94,40 @@ def print_parameters(model):
         say(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable" + ("  (frozen)" if total and not train else ""))
 
 
-def write_file(path, write):
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def check_finite(losses, step):
-    for name, value in losses.items():
+def check_finite(losses, step, norm=math.nan, scaler=None):
+    """In every step, before anything of it is saved: a loss that is not finite leaves no finite gradient. With fp16 an overflow of the
+    gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
+    if math.isfinite(norm):
+        return
+    values = {f"loss {name}": x.item() if torch.is_tensor(x) else x for name, x in losses.items()}
+    if scaler and not scaler.is_enabled():
+        values["the norm of the gradient"] = norm
+    for name, value in values.items():
         if not math.isfinite(value):
-            raise InputError(f"step {step}: loss {name} is {value}; the last good checkpoint is kept; lower --lr")
+            raise InputError(f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr")
 
 
 class RunDirectory:
-    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl."""
+    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl. The first checkpoint of a new
+    run takes the place of an older run's files all together; those stand in `previous` until the new run has finished."""
 
-    def __init__(self, args, config):
-        self.path, self.config, self.start, self.best = Path(args.out), config, 0, math.inf
-        self.state, self.writes = None, process()[0] == 0
+    def __init__(self, args, config, tokenizer=None):
+        self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
+        self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
+        end_move(self.path, tidy=self.writes)
         if args.resume:
             if not (self.path / "state.pt").is_file():
                 raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
-            before = json.loads((self.path / "config.json").read_text())
-            changed = [k for k in config if k not in ("seconds",) and config[k] != before.get(k)]
-            if changed:
+            with reading(f"--resume: {self.path}", "run without --resume to start again"):
+                before = json.loads((self.path / "config.json").read_text())
+                self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+                self.start, self.best = self.state["step"], self.state["best"]
+                lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
+                lines = [x for x in lines if json.loads(x)["step"] < self.start]
+            if changed := [k for k in config if config[k] != before.get(k, config[k])]:
                 raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
-            self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            self.start, self.best = self.state["step"], self.state["best"]
-            lines = [x for x in (self.path / "log.jsonl").read_text().splitlines() if json.loads(x)["step"] < self.start]
             if self.writes:
                 write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
-        elif self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_file(self.path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1)))
-            write_file(self.path / "log.jsonl", lambda f: f.write_text(""))
 
     def log(self, **row):
         if self.writes:
@@ -133,25 +135,48 @@ class RunDirectory:
                 f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     def restore(self, parameters, optimizer, scaler):
+        """Called right before the first step. From now on a first signal waits for stop_if_asked, a second one does not."""
         if self.state:
-            with torch.no_grad():
-                for name, tensor in self.state["weights"].items():
-                    parameters[name].copy_(tensor)
-            optimizer.load_state_dict(self.state["optimizer"])
-            scaler.load_state_dict(self.state["scaler"])
+            with torch.no_grad(), reading(self.path / "state.pt", "run without --resume to start again"):
+                for name, parameter in parameters.items():
+                    parameter.copy_(self.state["weights"][name])
+                optimizer.load_state_dict(self.state["optimizer"])
+                scaler.load_state_dict(self.state["scaler"])
+        signals.gently = True
 
-    def save(self, step, parameters, optimizer, scaler, loss, targets=0):
-        """Called after each validation: the state always, the weights when they are the best so far."""
-        check_finite({"validation": loss}, step)
-        if not self.writes:
-            return
+    def save(self, step, parameters, optimizer, scaler, loss=None, targets=0):
+        """Called after each validation: the state always, the weights when they are the best so far. loss=None: the state alone."""
+        if better := loss is not None:
+            check_finite({"validation": loss}, step)
+            better, self.best = loss < self.best, min(loss, self.best)
         weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
-        if loss < self.best:
-            self.best = loss
-            write_file(self.path / "model.safetensors", lambda f: save_file(weights, f))
         state = {"step": step, "best": self.best, "targets": targets, "weights": weights, "optimizer": optimizer.state_dict(),
                  "scaler": scaler.state_dict()}
-        write_file(self.path / "state.pt", lambda f: torch.save(state, f))
+
+        def write(folder):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
+            if better:
+                write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
+            write_file(folder / "state.pt", lambda f: torch.save(state, f))
+
+        def write_all(folder):
+            (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+            (folder / "log.jsonl").write_text("")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "tokenizer")
+            write(folder)
+
+        if self.writes:
+            write(self.path) if self.begun else write_atomically(self.path, write_all, keep=True)
+            self.begun = True
+            if step == self.args.steps:
+                drop_previous(self.path)
+
+    def stop_if_asked(self, step, *state):
+        """After SIGINT or SIGTERM, to whichever process: all save and leave at the same step."""
+        if any(sum_over_processes(signals.came or 0)):
+            self.save(step, *state)
+            again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
+            raise Interrupted(signals.came or 15, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}")
 
 
 def progress(start, steps, what):
@@ -333,17 +358,15 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_training_args(p, "stage1", steps=250, batch_size=64, lr=1e-3)
+    p = Parser(description=__doc__.split("\n")[0])
+    add_training_args(p, "stage1", steps=250, batch_size=64, lr=1e-3, rows=2)  # a loss that contrasts needs two
     add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="terms of the objective [all five]")
-    p.add_argument("--text-fraction", type=float, default=1.0, help="share of training items whose texts may be used [1]")
+    p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items whose texts may be used [1]")
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
     p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
     args = p.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).name}/stage1"
-    if args.steps < 1 or args.batch_size < 2 or not 0 < args.text_fraction <= 1:
-        raise InputError("--steps must be at least 1, --batch-size at least 2, --text-fraction in (0, 1]")
     return args
 
 
@@ -378,16 +401,13 @@ def main():
     torch.manual_seed(args.seed)
     model = QFormer(config)
     if bert:
-        try:
+        with reading(f"--init-bert {args.init_bert}", "give a BERT and its own --width and --layers"):
             loaded, missing = init_from_bert(model, bert.state_dict())
-        except ValueError as error:
-            raise InputError(f"--init-bert {args.init_bert}: {error}") from None
         say(f"--init-bert {args.init_bert}: loaded {len(loaded)} tensors: {', '.join(loaded)}\nnot loaded, fresh: {', '.join(missing)}")
     model.to(device)
     given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
-    run = RunDirectory(args, {**given, "kind": "stage1", "tokenizer": tokenizer_name, "qformer": asdict(config)})
-    if rank == 0:
-        tokenizer.save_pretrained(run.path / "tokenizer")
+    run = RunDirectory(args, {**given, "kind": "stage1", "tokenizer": tokenizer_name, "qformer": asdict(config),
+                              "fingerprint": fingerprint(dataset)}, tokenizer)
     parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
@@ -408,6 +428,7 @@ def main():
             say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))
         if step == args.steps:
             break
+        run.stop_if_asked(step, parameters, optimizer, scaler)
         # -- losses
         rng = np.random.default_rng([args.seed, step])
         seed = int(rng.integers(2**62))  # dropout and hard negatives too are functions of (seed, step)
@@ -418,12 +439,13 @@ def main():
         # -- step
         scaler.scale(sum(losses.values())).backward()
         norm = clip_and_step(optimizer, scaler)
+        check_finite(losses, step, norm, scaler)
         # -- log
         if step % 20 == 0:
             losses = dict(zip(losses, sum_over_processes(*(v.item() / world for v in losses.values()))))
             check_finite(losses, step)
             run.log(step=step, **losses, **{k: v.item() for k, v in accuracy.items()}, grad_norm=norm,
-                    temperature=model.temperature.item(), lr=rate)
+                    temperature=model.temperature.item(), lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
 
 

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from data import HISTORY, RANKING_TASKS, InputError, load_dataset, load_prompts, load_weights, precision, read_config
+from assets.guard import Parser, reading, within
+from data import (HISTORY, RANKING_TASKS, InputError, check_fingerprint, fingerprint, from_pretrained, load_dataset, load_prompts,
+                  load_weights, precision, read_config)
 from ilm import build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
@@ -179,36 +181,39 @@ def load_stage1(run, dataset, device):
     if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
         raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
                          f"{dataset.item_cf.shape[1]}; train stage 1 on this data set")
-    model = QFormer(QFormerConfig(**config["qformer"]))
+    check_fingerprint(config, dataset, run)
+    with reading(Path(run) / "config.json", "train stage 1 again"):
+        model = QFormer(QFormerConfig(**config["qformer"]))
     load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
-    texts = Texts(dataset, AutoTokenizer.from_pretrained(Path(run) / "tokenizer"), config["qformer"]["max_text"])
+    texts = Texts(dataset, from_pretrained(AutoTokenizer, str(Path(run) / "tokenizer"), "--stage1"), config["qformer"]["max_text"])
     return model.to(device).eval(), texts, config
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     add_training_args(p, "ilm", steps=600, batch_size=16, lr=2e-3)
     add_qformer_args(p, num_queries=None, layers=None, width=None)
-    p.add_argument("--accumulate", type=int, default=2, help="micro-batches a step, each of one kind; averaged by target tokens [2]")
+    p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
     p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
     p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]")
     p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
     p.add_argument("--item-names", default="title", metavar="title|random|FILE",
                    help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]")
-    p.add_argument("--name-tokens", type=int, default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
+    p.add_argument("--name-tokens", type=within(int, 0), default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
     p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
     p.add_argument("--prompts", metavar="FILE", help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]")
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
     p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
-    p.add_argument("--valid-users", type=int, default=128, help="users of each validation [128]")
-    p.add_argument("--mix", type=float, nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
+    p.add_argument("--valid-users", type=within(int, 1), default=128, help="users of each validation [128]")
+    p.add_argument("--mix", type=within(float, 0), nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
                    help="share of batches of each kind [.3 .5 .2]")
     args = p.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
     args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
-    if args.steps < 1 or args.batch_size < 1 or args.accumulate < 1:
-        raise InputError("--steps, --batch-size and --accumulate must be at least 1")
+    if not sum(args.mix[:2]):
+        raise InputError("--mix: the first two shares must not both be 0")
+    load_prompts(*filter(None, [args.prompts]))  # a mistake in it is said before the LLM is loaded
     return args
 
 
@@ -228,7 +233,7 @@ def make_config(args, dataset):
     qformer_config = qformer_config | {"dropout": 0.0}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
     given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
     return {**given, "kind": "stage2", "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
-            "num_queries": qformer_config["num_queries"]}, qformer
+            "num_queries": qformer_config["num_queries"], "fingerprint": fingerprint(dataset)}, qformer
 
 
 def main():
@@ -269,8 +274,9 @@ def main():
             run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets)
             run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
             say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
-            if step == args.steps:
-                break
+        if step == args.steps:
+            break
+        run.stop_if_asked(step, parameters, optimizer, scaler, None, seen_targets)
         # -- losses: the sum over all target tokens of the step's micro-batches, over their number
         rng = np.random.default_rng([args.seed, step])
         torch.manual_seed(int(rng.integers(2**62)) + rank)
@@ -286,11 +292,12 @@ def main():
         seen_targets += int(targets)
         # -- step
         norm = clip_and_step(optimizer, scaler)
+        check_finite(losses, step, norm, scaler)
         # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             check_finite(losses, step)
-            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate)
+            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 

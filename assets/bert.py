@@ -28,8 +28,7 @@ def init_from_bert(model, state):
             continue
         rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight") else len(parameter)
         if source[:rows].shape != parameter[:rows].shape:
-            raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; "
-                             "set --width and --layers to BERT's")
+            raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; set --width")
         parameter[:rows] = source[:rows]
         loaded.append(name)
     return loaded, [name for name, _ in model.named_parameters() if name not in loaded]

@@ -9,7 +9,8 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
-from data import RANKING_TASKS, InputError, fold_in, load_prompts, standardise
+from assets.guard import CONTROL, InputError, printable
+from data import RANKING_TASKS, fold_in, load_prompts, standardise
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -19,20 +20,15 @@ item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line wit
   /help                 this                                    /quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"""
 
 
-def printable(text):
-    """Without control characters: a title from a stranger's catalogue must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
 class Printer(TextStreamer):
-    """Prints a reply while it is written, and keeps it."""
+    """Prints a reply while it is written, without control characters, and keeps it."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
 
     def on_finalized_text(self, text, stream_end=False):
-        text = printable(text if self.text else text.lstrip())
+        text = "\n".join(CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n"))
         self.text += text
         print(text, end="\n" if stream_end else "", flush=True)
 
@@ -125,7 +121,7 @@ class Chat:
     # -- The catalogue
 
     def name(self, item):
-        return printable(f"{self.items[item]['id']}  {self.items[item]['title']}")
+        return f"{printable(self.items[item]['id'])}  {printable(self.items[item]['title'])}"
 
     def list(self, start):
         start = int(start) if start.isdigit() else 1

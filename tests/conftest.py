@@ -1,7 +1,10 @@
 """Shared by all tests: the repository on the path, a small prepared toy data set, a small ILM on the shipped toy LLM."""
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,19 @@ import data  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
 torch.set_num_threads(1)
+SHAPE = "--width 32 --layers 2 --num-queries 2 --batch-size".split()
+STAGES = {"train_stage1.py": [*SHAPE, 8, "--steps", 6, "--eval-every", 2],
+          "train_stage2.py": ["--method", "ilm-rand", *SHAPE, 2, "--steps", 4, "--eval-every", 2, "--valid-users", 4]}
+EVALUATE = ["--tasks", "sequential", "--max-users", 2]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; runs only if it is asked for, by `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +54,38 @@ def make_ilm(toy):
         torch.manual_seed(0)
         return build_ilm(made | config, dataset, torch.device("cpu")).eval()
     return make
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
+    folder = tmp_path_factory.mktemp("forked")
+    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+                                   "TOKENIZERS_PARALLELISM": "false"})
+    assert server.stdout.readline() == "ready\n"
+
+    def call(name, *argv, cwd=ROOT, **options):
+        options |= {"script": name, "argv": [*map(str, argv)], "cwd": str(cwd), "out": str(folder / "out"), "err": str(folder / "err")}
+        print(json.dumps(options), file=server.stdin, flush=True)
+        status = json.loads(server.stdout.readline())
+        return SimpleNamespace(returncode=status, stdout=(folder / "out").read_text(), stderr=(folder / "err").read_text())
+    yield call
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def work(script, tmp_path_factory):
+    """A folder with a small data set and one finished run of each stage: what no interruption may change."""
+    work = tmp_path_factory.mktemp("work")
+    (work / "assets").symlink_to(ROOT / "assets")
+    assert script("data.py", "--max-users", 60, "--cf-dim", 8, cwd=work).returncode == 0
+    for name, argv in STAGES.items():
+        done = script(name, *argv, "--out", name[:-3], cwd=work)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert script("evaluate.py", "--run", "train_stage2", *EVALUATE, cwd=work).returncode == 0
+    return work
 
 
 def real(path):

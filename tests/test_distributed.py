@@ -107,8 +107,8 @@ def test_both_stages_under_torchrun_write_one_run(toy, tmp_path):
     assert done.returncode != 0 and "--batch-size 5: not a multiple of the 2 processes" in err
 
 
-def test_a_process_that_dies_ends_the_run(toy, tmp_path):
-    """Without torchrun, which would stop the survivor before it can say why it stops."""
+def two_processes(toy, tmp_path):
+    """A long run of stage 1, after its third line of the log. Without torchrun, which would stop one process when the other leaves."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
@@ -119,6 +119,20 @@ def test_a_process_that_dies_ends_the_run(toy, tmp_path):
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
     while (not log.exists() or log.read_text().count("\n") < 3) and time.time() < deadline:
         time.sleep(0.2)
+    return first, second
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(toy, tmp_path):
+    first, second = two_processes(toy, tmp_path)
+    second.terminate()
+    said = [process.communicate(timeout=60)[1] for process in (first, second)]
+    step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert [first.returncode, second.returncode] == [143, 143], said
+    assert all(f"interrupted: step {step} of 5000 is saved" in err and err.count("\n") == 1 for err in said), said
+
+
+def test_a_process_that_dies_ends_the_run(toy, tmp_path):
+    first, second = two_processes(toy, tmp_path)
     second.kill()
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1 and "Traceback" not in err, err
