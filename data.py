@@ -98,7 +98,7 @@ def read_config(run, kind=None):
 
 def fingerprint(dataset):
     """What a run's config.json keeps to know its data set again: sizes, and some CF numbers (equal up to rounding on other machines)."""
-    return [len(dataset.items), len(dataset.users), dataset.item_cf.shape[1], *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+    return [len(dataset.users), *dataset.item_cf.shape, *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
 
 
 def check_fingerprint(config, dataset, run):
@@ -163,11 +163,10 @@ def load_dataset(path):
         items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
         users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
         raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
-        if any(CONTROL.search(text) for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))]):
-            raise ValueError("control characters in ids, titles or texts")
-        if (len(indptr) - 1, len(raw[1]), indptr[-1]) != (len(raw[0]), len(items), len(sequence)) or not (sequence < len(items)).all() \
-                or {*meta["held_out"]} != {"valid", "test"}:
-            raise ValueError("its files do not belong together")
+        unsafe = any(CONTROL.search(text) for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))])
+        sizes = (len(indptr) - 1, len(raw[1]), indptr[-1]) == (len(raw[0]), len(items), len(sequence)) and (sequence < len(items)).all()
+        if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
+            raise ValueError("its files do not belong together, or have control characters")
         return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
 
 
