@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from assets.guard import InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
+from assets.guard import CONTROL, InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
 from assets.readers import MOVIELENS_URL, find, load_cf, read_csv, read_items, read_movielens, read_openp5
 from assets.toy_world import toy_interactions, toy_world
 
@@ -97,14 +97,15 @@ def read_config(run, kind=None):
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
 
 def fingerprint(dataset):
-    """What a run's config.json keeps to know its data set again: counts, and some CF numbers (equal up to rounding on other machines)."""
-    return [len(dataset.items), len(dataset.users), *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+    """What a run's config.json keeps to know its data set again: sizes, and some CF numbers (equal up to rounding on other machines)."""
+    return [len(dataset.users), *dataset.item_cf.shape, *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
 
 
 def check_fingerprint(config, dataset, run):
     before, now = config.get("fingerprint"), fingerprint(dataset)
     if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
         raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
+    return dataset
 
 
 @dataclass
@@ -162,9 +163,10 @@ def load_dataset(path):
         items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
         users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
         raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
-        if (len(indptr) - 1, len(raw[1]), indptr[-1]) != (len(raw[0]), len(items), len(sequence)) or not (sequence < len(items)).all() \
-                or {*meta["held_out"]} != {"valid", "test"}:
-            raise ValueError("its files do not belong together")
+        unsafe = any(CONTROL.search(text) for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))])
+        sizes = (len(indptr) - 1, len(raw[1]), indptr[-1]) == (len(raw[0]), len(items), len(sequence)) and (sequence < len(items)).all()
+        if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
+            raise ValueError("its files do not belong together, or have control characters")
         return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
 
 

@@ -97,8 +97,7 @@ def print_parameters(model):
 def check_finite(losses, step, norm=math.nan, scaler=None):
     """In every step, before anything of it is saved: a loss that is not finite leaves no finite gradient. With fp16 an overflow of the
     gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
-    if math.isfinite(norm):
-        return
+    losses = {} if math.isfinite(norm) else losses
     values = {f"loss {name}": x.item() if torch.is_tensor(x) else x for name, x in losses.items()}
     if scaler and not scaler.is_enabled():
         values["the norm of the gradient"] = norm

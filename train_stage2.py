@@ -98,7 +98,7 @@ class Examples:
     def text(self, instance):
         prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False,
                                        user=instance["users"][0] if instance["users"] else None)
-        return prompt, self.model.target_ids(instance["target"])
+        return prompt, self.model.target_ids(instance["target"])[:self.model.context - len(prompt)]
 
     def sequential_row(self, user, template, rng):
         """A random window of HISTORY + 1 training items; each but the first is the target of the window before it."""
@@ -177,11 +177,7 @@ def held_out_losses(model, held_out, device):
 
 def load_stage1(run, dataset, device):
     """A trained Q-Former, its texts and its config from a run directory."""
-    config = read_config(run, "stage1")
-    if config["qformer"]["cf_dim"] != dataset.item_cf.shape[1]:
-        raise InputError(f"{run}: was trained on CF vectors of width {config['qformer']['cf_dim']}, {dataset.path} has "
-                         f"{dataset.item_cf.shape[1]}; train stage 1 on this data set")
-    check_fingerprint(config, dataset, run)
+    check_fingerprint(config := read_config(run, "stage1"), dataset, run)
     with reading(Path(run) / "config.json", "train stage 1 again"):
         model = QFormer(QFormerConfig(**config["qformer"]))
     load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")

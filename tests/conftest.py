@@ -61,7 +61,7 @@ def script(tmp_path_factory):
     """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
     folder = tmp_path_factory.mktemp("forked")
     server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+                              env={**os.environ, "OMP_WAIT_POLICY": "passive",
                                    "TOKENIZERS_PARALLELISM": "false"})
     assert server.stdout.readline() == "ready\n"
 
