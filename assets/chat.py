@@ -133,10 +133,12 @@ class Chat:
         print("\n".join(map(self.name, found[:20])) + f"\n{len(found)} items" * (len(found) != 1))
 
     def show(self, mention):
-        text = self.resolve(mention if mention[:1] in ("{", "[") else f"[{mention}]")
-        for item in map(int, re.findall(r"\{item:(\d+)\}", text)):
-            if item < len(self.items):
-                print(self.name(item) + "\n" + printable(self.items[item]["text"] or "(no text)"))
+        mention = f"{{item:{mention}}}" if mention in self.known["item"] else mention if mention[:1] in ("{", "[") else f"[{mention}]"
+        items = [int(i) for i in re.findall(r"\{item:(\d+)\}", self.resolve(mention)) if int(i) < len(self.items)]
+        if not items:
+            raise InputError("show what? Give an id, a part of a title, or {item:ID}")
+        for item in items:
+            print(self.name(item) + "\n" + printable(self.items[item]["text"] or "(no text)"))
 
     def command(self, line):
         """One line of the user's: a command or something to answer. True: leave."""

@@ -69,7 +69,7 @@ def test_a_conversation_in_a_terminal(run):
     assert listed.count("\n") == 21 and "003  " in listed
     title = re.search(r"003  (.+?)\r", listed)[1]
     assert title in t.say(f"/search {title.split()[0]}")
-    assert "directed this" in t.say("/show {item:003}")
+    assert "directed this" in t.say("/show {item:003}") and title in t.say("/show 003") and "show what" in t.say("/show")
     assert title in t.say(f"/show {title[:-2].lower()}")
     ranked = t.say("/recommend {user:0}")
     assert len(re.findall(r"\n +\d+ +-\d+\.\d\d  \d{3}  ", ranked)) == 10
