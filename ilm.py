@@ -250,7 +250,7 @@ class ILM(nn.Module, Portable):
             if len(ids) + max(64, self.longest) <= self.context or not history and len(turns) < 3:
                 break
             history, turns = history[1:], turns if history else turns[2:]
-        if len(ids) >= self.context:
+        if not 0 < len(ids) < self.context:
             raise InputError(f"a prompt of {len(ids)} tokens does not fit the LLM's context of {self.context}: {text[:60]!r}")
         return ids
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
+from assets.guard import CONTROL
 from data import RANKING_TASKS, InputError, fold_in, load_prompts, standardise
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
@@ -83,6 +84,7 @@ class Chat:
             entity = self.mixture(name) if kind == "item" and name not in self.known["item"] else None
             return f"{{{kind}:{self.number(kind, name) if entity is None else entity}}}"
 
+        text = CONTROL.sub(" ", text)  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
         if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
             raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
         return re.sub(r"\{(item|user|history):([^{}]+)\}|\[([^][]+)\]", mention, text)
@@ -155,6 +157,7 @@ class Chat:
 
     def converse(self):
         terminal = sys.stdin.isatty()
+        sys.stdin.reconfigure(errors="replace")
         if terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  (input() edits lines with it, and takes long ones)

@@ -530,6 +530,22 @@ def test_binary_files_under_fuzz(work, tmp_path):
     assert refused > 100
 
 
+def test_what_a_user_types_under_fuzz(make_ilm):
+    """A line of the conversation, mentions in any state of disrepair: token ids, or one InputError."""
+    from assets.chat import Chat
+    chat, rng, refused = Chat(make_ilm()), np.random.default_rng(0), 0
+    pieces = ["{item:", "{user:", "{history:", "{", "}", "[", "]", "001", "7", "-1", "*0.5", "*", "+item:", ",", " amber ", "\x1b[2J", "\0",
+              "<|soft|>", "{item}", "{text}", "\ud800", "e", " ", "9" * 30, "{item:001}", "{user:3}", "{history:001,002}",
+              "{item:001*0.5+item:002*0.5}"]
+    for _ in range(400):
+        line = "".join(rng.choice(pieces, size=rng.integers(1, 9)))
+        try:
+            assert chat.model.prompt_ids([chat.resolve(line)], named=False)
+        except data.InputError as error:
+            refused += bool(guard.printable(error))
+    assert 100 < refused < 400
+
+
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, step", [("train_stage1.py", 3), ("train_stage2.py", 3), ("train_stage1.py", 2)])
