@@ -140,7 +140,7 @@ class ILM(nn.Module, Portable):
         if config.get("shuffle_cf"):
             self.shuffle_cf()
         self.name_ids = [self.target_ids(name) for name in self.names]
-        self.names_trie, self.longest = Trie(self.name_ids), max(map(len, self.name_ids))
+        self.names_trie, self.reserve = Trie(self.name_ids), max(64, *map(len, self.name_ids))  # tokens kept free for an answer
         tokenizer.add_tokens([SOFT], special_tokens=True)
         self.soft_id, self.zero_soft = tokenizer.convert_tokens_to_ids(SOFT), False  # zero_soft: a control of evaluate.py
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
@@ -215,7 +215,7 @@ class ILM(nn.Module, Portable):
         its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
         conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
         tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
-        turns = [template] if isinstance(template, str) else template
+        turns, chat = [template] if isinstance(template, str) else template, self.tokenizer.chat_template
         while True:
             entities, queue = [], list(items)
 
@@ -236,7 +236,6 @@ class ILM(nn.Module, Portable):
                 return ", ".join(mention(int(i)) for i in given or history)
 
             text = [re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, "")) for turn in turns]
-            chat = self.tokenizer.chat_template
             if chat:
                 text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
                 text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
@@ -247,11 +246,12 @@ class ILM(nn.Module, Portable):
                 slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
                 assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
                 ids = [next(slots) if i == self.soft_id else i for i in ids]
-            if len(ids) + max(64, self.longest) <= self.context or not history and len(turns) < 3:
+            if len(ids) + self.reserve <= self.context or not history and len(turns) < 3:
                 break
             history, turns = history[1:], turns if history else turns[2:]
-        if not 0 < len(ids) < self.context:
-            raise InputError(f"a prompt of {len(ids)} tokens does not fit the LLM's context of {self.context}: {text[:60]!r}")
+        if not 0 < len(ids) <= self.context - self.reserve:
+            raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} of an answer do not fit the LLM's context, "
+                             f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}")
         return ids
 
     def target_ids(self, text):

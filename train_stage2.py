@@ -86,8 +86,6 @@ class Examples:
                           for task in RANKING_TASKS for prompts in ("seen", "unseen")}
         if not all(self.templates.values()):
             raise InputError(f"--prompts {model.config.get('prompts')}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
-        if (longest := max(map(len, model.name_ids))) > model.context // 2:
-            raise InputError(f"{dataset.path}: a title has {longest} tokens, the LLM's context is {model.context}; give --name-tokens 8")
         self.name = (lambda i: (model.name_ids[i],)) if model.config.get("full_vocabulary") else (lambda i: model.names_trie.paths[i])
         self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
         self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}

@@ -16,7 +16,7 @@ toy)
     llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
     [ -d data/toy ] || log python data.py ;;
 ml100k)
-    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 300 --eval-every 100" evaluate="--batch-size 25"
+    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 100" evaluate="--batch-size 25"
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
@@ -54,7 +54,7 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
 
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
-    [ "$name" = toy ] || rates="1e-3 3e-3 1e-2"
+    [ "$name" = toy ] || rates="3e-3 1e-2"
     [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue

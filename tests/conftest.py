@@ -15,7 +15,8 @@ SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at h
 
 import data  # noqa: E402
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
+torch.set_num_threads(1)
 SHAPE = "--width 32 --layers 2 --num-queries 2 --batch-size".split()
 STAGES = {"train_stage1.py": [*SHAPE, 8, "--steps", 6, "--eval-every", 2],
           "train_stage2.py": ["--method", "ilm-rand", *SHAPE, 2, "--steps", 4, "--eval-every", 2, "--valid-users", 4]}
@@ -60,7 +61,7 @@ def script(tmp_path_factory):
     """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
     folder = tmp_path_factory.mktemp("forked")
     server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+                              env={**os.environ, "OMP_WAIT_POLICY": "passive",
                                    "TOKENIZERS_PARALLELISM": "false"})
     assert server.stdout.readline() == "ready\n"
 

@@ -82,7 +82,7 @@ def test_a_conversation_in_a_terminal(run):
     assert "no such command" in t.say("/fly")
     assert "mention {item:ID}" in t.say("Describe {item}.")
     assert t.say("").strip().endswith(">")
-    assert "does not fit" in t.say("word " * 3000)
+    assert "do not fit" in t.say("word " * 3000)
     os.write(t.ours, b"Describe {item:003*0.5+item:008*0.5}.\n")
     t.until(r"\.\r\n\S")                                          # the echo, then the first word of the reply ...
     os.write(t.ours, b"\x03")                                     # ... which Ctrl-C stops

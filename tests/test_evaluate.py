@@ -62,7 +62,7 @@ def test_sasrec_learns_what_follows_what():
         eligible = lambda self: np.arange(40)
         items_of = lambda self, u, split: (np.arange(9) + u) % 12
     right = lambda score: sum(i == (u + 9) % 12 for u, i in enumerate(score(range(12), "test").argmax(1).tolist()))
-    assert right(train_sasrec(Cycle(), right, steps=1000)) >= 11  # of 12; chance: 1
+    assert right(train_sasrec(Cycle(), right, steps=400)) >= 11  # of 12; chance: 1
 
 
 def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
@@ -160,7 +160,7 @@ def test_from_nothing_to_the_table(tmp_path):
     assert script("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
     done = subprocess.run([sys.executable, str(ROOT / "ilm.py")], cwd=tmp_path, input="Hello {item:999}\nDescribe {item:003}.\n\n",
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "no item with the id '999'" in done.stdout and not done.stderr
+    assert done.returncode == 0 and "no item has the id '999'" in done.stdout and not done.stderr
 
 
 def test_every_readme_command_parses():

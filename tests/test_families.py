@@ -102,15 +102,6 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture()
 def make(make_ilm, checkpoint):
     return lambda method="ilm-rand", **config: make_ilm(method, llm=checkpoint, **config)
@@ -281,7 +272,8 @@ def test_the_llm_trains_fully_or_not_at_all_and_it_is_printed(make, tmp_path, ca
 def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make, monkeypatch):
     wanted = scores_of(make())
     for dtype in (torch.float16, torch.bfloat16):
-        monkeypatch.setattr("ilm.precision", lambda device: dtype)
+        for module in ("ilm", "data"):
+            monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
         model = make()
         assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa

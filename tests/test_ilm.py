@@ -54,7 +54,7 @@ def test_the_oldest_items_go_when_the_context_is_short(make_ilm):
     entities = [(i - SOFT_BASE) // model.K for i in ids if i >= SOFT_BASE][::model.K]
     assert len(ids) <= 40 and len(entities) > 3
     assert entities == [model.num_items, *range(30 - len(entities) + 1, 30)]
-    with pytest.raises(data.InputError, match="does not fit"):
+    with pytest.raises(data.InputError, match="do not fit"):
         model.prompt_ids("word " * 200)
 
 
@@ -153,22 +153,19 @@ def test_packed_rows_by_hand():
 
 
 def brute_force(model, prompt, names, renormalize):
-    """Every name scored alone by definition: sum over its tokens and an end token of log p, over the trie's children or all tokens."""
-    children = {}
+    """Every name scored whole by definition: sum over its tokens and an end token of log p, over the trie's children or all tokens."""
+    children, scores = {}, torch.zeros(len(names))
     for name in names:
         for k, token in enumerate(name):
             children.setdefault(tuple(name[:k]), set()).add(token)
-    states, scores = {}, []
-    for name in names:
-        score = 0.0
-        for k, token in enumerate(name):
-            prefix = tuple(name[:k])
-            if prefix not in states:
-                states[prefix] = model.llm(inputs_embeds=model.embed(torch.tensor([prompt + list(prefix)]))).logits[0, -1].float()
-            allowed = sorted(children[prefix]) if renormalize else range(len(states[prefix]))
-            score += (states[prefix][token] - states[prefix][list(allowed)].logsumexp(0)).item()
-        scores.append(score)
-    return torch.tensor(scores)
+    for length in set(map(len, names)):  # names of one length are a batch without padding
+        some = [i for i, name in enumerate(names) if len(name) == length]
+        logits = model.llm(inputs_embeds=model.embed(torch.tensor([prompt + names[i] for i in some]))).logits[:, len(prompt) - 1:-1].float()
+        for i, row in zip(some, logits):
+            for k, token in enumerate(names[i]):
+                allowed = sorted(children[tuple(names[i][:k])]) if renormalize else slice(None)
+                scores[i] += row[k][token] - row[k][allowed].logsumexp(0)
+    return scores
 
 
 @pytest.fixture()

@@ -187,7 +187,7 @@ FLAGS = [  # script, flags, files, words
         (["--prompts", "p"], {"p": "sequential; seen; {history}; it\n"}, ["p, line 1", "{target}"]),
         (["--prompts", "p"], {"p": "sequential; seen; {history}\n"}, ["p, line 1"]),
         (["--prompts", "p"], {"p": "".join(f"{t}; {s}; {LONG}" for t in data.RANKING_TASKS for s in ("seen", "unseen"))},
-         ["does not fit", "context"]),
+         ["fit the LLM's context"]),
         (["--resume"], {}, ["no state.pt"]), (["--resume", "--out", "WORK/train_stage2", "--seed", 3], {}, ["another", "seed"])]),
     *(("evaluate.py", argv, files, words) for argv, files, words in [
         (["--run", "nowhere"], {}, ["nowhere", "not a finished"]), (["--run", "."], {"config.json": "{"}, ["model.safetensors"]),
@@ -437,15 +437,15 @@ def test_odd_movielens_files(script, tmp_path, files, argv):
 
 
 def test_titles_and_texts_longer_than_the_context(script, tmp_path):
-    """An LLM with learnt positions, 96 of them: names have to be cut, and one line says so; targets are cut, histories lose old items."""
+    """An LLM with learnt positions, 200 of them: names have to be cut, and one line says so; targets are cut, histories lose old items."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
     put(tmp_path, ODD)
     AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm").save_pretrained(tmp_path / "llm")
-    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=96, n_embd=32, n_layer=1, n_head=2, bos_token_id=0,
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=200, n_embd=32, n_layer=1, n_head=2, bos_token_id=0,
                                eos_token_id=0)).save_pretrained(tmp_path / "llm")
     assert script("data.py", *"--dataset csv --source . --min-count 1 --cf-dim 4 --out out/x".split(), cwd=tmp_path).returncode == 0
     argv = "--data out/x --out s2 --llm llm --method ilm-rand --width 32 --steps 2 --batch-size 2 --valid-users 4".split()
-    one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "out/x", "context is 96", "--name-tokens 8")
+    one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "fit the LLM's context, 200", "--name-tokens")
     done = script("train_stage2.py", *argv, "--name-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done
     done = script("evaluate.py", "--run", "s2", cwd=tmp_path)
