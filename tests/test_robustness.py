@@ -641,7 +641,8 @@ def test_test_items_influence_no_weight_and_no_choice_of_a_checkpoint(planted, s
     for name, dataset in zip("ab", planted):
         argv = ["--data", dataset.path, "--steps", 3, "--eval-every", 2]
         one = script("train_stage1.py", *argv, "--out", f"1{name}", "--batch-size", 8, "--width", 32, cwd=tmp_path)
-        two = script("train_stage2.py", *argv, "--out", f"2{name}", "--stage1", f"1{name}", "--batch-size", 2, "--valid-users", 8, cwd=tmp_path)
+        two = script("train_stage2.py", *argv, "--out", f"2{name}", "--stage1", f"1{name}", "--batch-size", 2, "--valid-users", 8,
+                     cwd=tmp_path)
         assert (one.returncode, two.returncode) == (0, 0), (one, two)
         runs = [outcome(tmp_path / f"{stage}{name}") for stage in "12"]
         found.append([{k: v for k, v in run.items() if k != "config"} for run in runs])
