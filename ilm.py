@@ -250,7 +250,7 @@ class ILM(nn.Module, Portable):
                 break
             history, turns = history[1:], turns if history else turns[2:]
         if not 0 < len(ids) <= self.context - self.reserve:
-            raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} of an answer do not fit the LLM's context, "
+            raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
                              f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}")
         return ids
 

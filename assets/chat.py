@@ -9,8 +9,8 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
-from assets.guard import CONTROL
-from data import RANKING_TASKS, InputError, fold_in, load_prompts, standardise
+from assets.guard import CONTROL, InputError, printable
+from data import RANKING_TASKS, fold_in, load_prompts, standardise
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -20,20 +20,15 @@ item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line wit
   /help                 this                                    /quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"""
 
 
-def printable(text):
-    """Without control characters: a title from a stranger's catalogue must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
 class Printer(TextStreamer):
-    """Prints a reply while it is written, and keeps it."""
+    """Prints a reply while it is written, without control characters, and keeps it."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
 
     def on_finalized_text(self, text, stream_end=False):
-        text = printable(text if self.text else text.lstrip())
+        text = "\n".join(CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n"))
         self.text += text
         print(text, end="\n" if stream_end else "", flush=True)
 
@@ -127,7 +122,7 @@ class Chat:
     # -- The catalogue
 
     def name(self, item):
-        return printable(f"{self.items[item]['id']}  {self.items[item]['title']}")
+        return f"{printable(self.items[item]['id'])}  {printable(self.items[item]['title'])}"
 
     def list(self, start):
         start = int(start) if start.isdigit() else 1
@@ -157,7 +152,8 @@ class Chat:
 
     def converse(self):
         terminal = sys.stdin.isatty()
-        sys.stdin.reconfigure(errors="replace")
+        with suppress(AttributeError):  # a stream that holds text already
+            sys.stdin.reconfigure(errors="replace")
         if terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  (input() edits lines with it, and takes long ones)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
-from data import InputError
+from assets.guard import InputError
 
 MODEL_CARD = """---
 {{ card_data }}

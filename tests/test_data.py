@@ -1,11 +1,9 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, real
+from conftest import real
 
 import data
 
@@ -178,10 +176,10 @@ def test_a_changed_file_is_noticed(tmp_path):
     ({"user_sequence.txt": "u 1 2 3\nv\n"}, ["--dataset", "openp5", "--source", "."], "user_sequence.txt, line 2"),
     ({}, ["--dataset", "csv"], "needs --source"),
 ])
-def test_bad_input_is_one_line_and_status_2(tmp_path, files, argv, message):
+def test_bad_input_is_one_line_and_status_2(tmp_path, script, files, argv, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    done = script("data.py", *argv, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "data").exists()
 

@@ -2,7 +2,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_sasrec_learns_what_follows_what():
         eligible = lambda self: np.arange(40)
         items_of = lambda self, u, split: (np.arange(9) + u) % 12
     right = lambda score: sum(i == (u + 9) % 12 for u, i in enumerate(score(range(12), "test").argmax(1).tolist()))
-    assert right(train_sasrec(Cycle(), right, steps=400)) >= 11  # of 12; chance: 1
+    assert right(train_sasrec(Cycle(), right, steps=400, batch_size=32)) >= 11  # of 12; chance: 1
 
 
 def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
@@ -134,17 +133,18 @@ def test_references_by_definition(toy):
     assert result["oracle"]["HR@10"] > max(result["popularity"]["HR@10"], result["item-knn"]["HR@10"])
 
 
-def test_from_nothing_to_the_table(tmp_path):
+def test_from_nothing_to_the_table(tmp_path, script):
     """All scripts with few steps in a folder of their own; the same files a user's first run leaves."""
-    def script(name, *argv):
-        done = subprocess.run([sys.executable, str(ROOT / name), *argv], cwd=tmp_path, capture_output=True, text=True)
+    def run(*argv, **more):
+        done = script(*argv, cwd=tmp_path, **more)
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    script("data.py", "--max-users", "60")
-    script("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
-    script("train_stage2.py", "--steps", "3", "--batch-size", "2")
-    out = script("evaluate.py", "--controls", "--sasrec", "--json", "all.json")
+    run("data.py", "--max-users", "60")
+    run("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
+    run("train_stage2.py", "--steps", "3", "--batch-size", "2")
+    few = "import evaluate, functools; evaluate.train_sasrec = functools.partial(evaluate.train_sasrec, steps=20)"
+    out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", before=few)
     for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",
                  "stage 1, held-out items", "log_ppl", "sasrec"):
         assert word in out, out
@@ -153,30 +153,27 @@ def test_from_nothing_to_the_table(tmp_path):
     assert results[0] == json.loads((tmp_path / "out/toy/ilm/metrics.json").read_text())
     assert 0 < results[0]["text"]["sc"] < 1 and len(results[0]["curve"]) == 4
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    again = script("evaluate.py", "--table", "all.json", "--plot", "figures")
+    again = run("evaluate.py", "--table", "all.json", "--plot", "figures")
     assert again in out and (tmp_path / "figures/alignment.png").is_file() and (tmp_path / "figures/stage1.png").is_file()
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
     assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
-    assert script("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
-    done = subprocess.run([sys.executable, str(ROOT / "ilm.py")], cwd=tmp_path, input="Hello {item:999}\nDescribe {item:003}.\n\n",
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "no item has the id '999'" in done.stdout and not done.stderr
+    assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
 
 
-def test_every_readme_command_parses():
+def test_every_readme_command_parses(script):
     """--help of each script, and every flag that a README command names."""
     commands = re.findall(r"python (\w+\.py)([^\n`&|]*)", (ROOT / "README.md").read_text().replace("\\\n", " "))
     assert len(commands) > 10
     helps = {}
     for name, rest in commands:
         if name not in helps:
-            done = subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True)
+            done = script(name, "--help")
             assert done.returncode == 0, done.stderr
             helps[name] = done.stdout
         for flag in re.findall(r"--[a-z0-9-]+", rest.split("#")[0]):
             assert flag in helps[name], f"{name} {flag}"
 
 
-def test_nothing_to_evaluate(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], cwd=tmp_path, capture_output=True, text=True)
+def test_nothing_to_evaluate(tmp_path, script):
+    done = script("evaluate.py", cwd=tmp_path)
     assert done.returncode == 2 and "no runs in out/toy" in done.stderr and done.stderr.count("\n") == 1

@@ -1,8 +1,5 @@
 """The README's fork points, followed: your own catalogue, CF vectors, later users and items, an encoder of your own, the hub's format."""
-import contextlib
 import csv
-import importlib
-import io
 import re
 import shutil
 import subprocess
@@ -23,16 +20,13 @@ SHORT = {"train_stage1.py": ["--steps", "8", "--width", "32"],
          "train_stage2.py": ["--steps", "4", "--batch-size", "2", "--valid-users", "8"]}
 
 
-def run(folder, script, *argv):
-    """A script's main() as the command line would start it in `folder` (a process of its own costs seconds) -> what it prints."""
-    printed, before = io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, argv), *SHORT.get(script, [])]
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-            data.prepare(data.parse_args()) if script == "data.py" else importlib.import_module(script[:-3]).main()
-    finally:
-        sys.argv = before
-    return printed.getvalue()
+@pytest.fixture(scope="module")
+def run(script):
+    def call(folder, name, *argv):
+        done = script(name, *argv, *SHORT.get(name, []), cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return call
 
 
 def write_csv(path, rows):
@@ -41,7 +35,7 @@ def write_csv(path, rows):
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(run, tmp_path_factory):
     """A folder of a shop of 50 teas and coffees, 60 customers who like one of the two, after the README's four commands."""
     folder, rng = tmp_path_factory.mktemp("fork"), np.random.default_rng(0)
     (folder / "shop").mkdir()
@@ -69,7 +63,7 @@ def test_four_commands_lead_from_two_files_to_recommendations(shop):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_later_users_and_items_are_ranked_without_retraining(shop):
+def test_later_users_and_items_are_ranked_without_retraining(shop, run, script):
     folder, _ = shop
     (folder / "later").mkdir()
     write_csv(folder / "later/items.csv", [("id", "title", "kind"), ("p99", "Harvest Blend", "tea")])
@@ -87,8 +81,8 @@ def test_later_users_and_items_are_ranked_without_retraining(shop):
     answer = run(folder, "ilm.py", "--run", "out/shop/ilm", "--new", "later", "Recommend something like [harvest] to {user:bob}")
     assert answer.count("\n") == 10
     (folder / "nobody.txt").write_text("ann3\ncarl\n")
-    with pytest.raises(data.InputError, match="nobody.txt, line 2: no user 'carl'"):
-        run(folder, "evaluate.py", "--data", "data/shop", "--recommend", "nobody.txt")
+    done = script("evaluate.py", "--data", "data/shop", "--recommend", "nobody.txt", cwd=folder)
+    assert done.returncode == 2 and "nobody.txt, line 2: no user 'carl'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_fold_in_of_a_known_user_gives_back_their_vector(toy):
@@ -98,7 +92,7 @@ def test_fold_in_of_a_known_user_gives_back_their_vector(toy):
         assert torch.nn.functional.cosine_similarity(again, dataset.raw_cf[0][u], dim=0) > 0.98
 
 
-def test_your_own_vectors_take_the_place_of_als(shop):
+def test_your_own_vectors_take_the_place_of_als(shop, run):
     folder, _ = shop
     dataset = data.load_dataset(folder / "data/shop")
     rng = np.random.default_rng(0)

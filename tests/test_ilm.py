@@ -1,5 +1,3 @@
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -299,7 +297,7 @@ def test_a_real_checkpoint(make_ilm):
     assert len(model.generate(prompts, 5)) == 3
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path):
+def test_what_is_missing_is_said_in_one_line(tmp_path, script):
     for argv, message in ((["--run", "nowhere"], "not a finished stage2 run"), (["--run", str(tmp_path)], "no config.json")):
-        done = subprocess.run([sys.executable, str(ROOT / "ilm.py"), *argv, "hi"], capture_output=True, text=True)
+        done = script("ilm.py", *argv, "hi")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

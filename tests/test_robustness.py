@@ -445,7 +445,7 @@ def test_titles_and_texts_longer_than_the_context(script, tmp_path):
                                eos_token_id=0)).save_pretrained(tmp_path / "llm")
     assert script("data.py", *"--dataset csv --source . --min-count 1 --cf-dim 4 --out out/x".split(), cwd=tmp_path).returncode == 0
     argv = "--data out/x --out s2 --llm llm --method ilm-rand --width 32 --steps 2 --batch-size 2 --valid-users 4".split()
-    one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "fit the LLM's context, 200", "--name-tokens")
+    one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "fit the LLM's context of 200", "--name-tokens")
     done = script("train_stage2.py", *argv, "--name-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done
     done = script("evaluate.py", "--run", "s2", cwd=tmp_path)

@@ -1,5 +1,3 @@
-import json
-import subprocess
 import sys
 
 import numpy as np
@@ -17,9 +15,9 @@ from qformer import QFormer, QFormerConfig
 SMALL = ["--width", "32", "--layers", "2", "--num-queries", "2", "--batch-size", "8"]
 
 
-def run(toy, out, *argv):
-    command = [sys.executable, str(ROOT / "train_stage1.py"), "--data", str(toy), "--out", str(out), *SMALL, *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def run(script):
+    return lambda toy, out, *argv: script("train_stage1.py", "--data", toy, "--out", out, *SMALL, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -81,27 +79,7 @@ def test_held_out_texts_influence_no_training_loss(toy, tmp_path, monkeypatch):
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def test_resume_is_bitwise_no_interruption(toy, tmp_path):
-    for out in ("whole", "twin"):
-        assert run(toy, tmp_path / out, "--steps", 6, "--eval-every", 3).returncode == 0
-    # a run of the same six steps that ends after the checkpoint of step 3
-    done = subprocess.run([sys.executable, "-c", f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import train_stage1 as t
-t.progress = lambda start, steps, what: range(start, 4)
-sys.argv = ['x', '--data', {str(toy)!r}, '--out', {str(tmp_path / 'part')!r}, *{SMALL!r}, '--steps', '6', '--eval-every', '3']
-t.main()"""], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 3
-    assert run(toy, tmp_path / "part", "--steps", 6, "--eval-every", 3, "--resume").returncode == 0
-    a, b = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("whole", "part"))
-    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
-    logs = [[json.loads(x) for x in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in ("whole", "part", "twin")]
-    strip = lambda log: [{k: v for k, v in row.items() if k != "seconds"} for row in log]
-    assert strip(logs[0]) == strip(logs[1]) == strip(logs[2])  # same seed, same bits
-
-
-def test_bad_arguments(toy, tmp_path):
+def test_bad_arguments(run, toy, tmp_path):
     assert run(toy, tmp_path / "a", "--steps", 2, "--losses", "ii", "ui").returncode == 0
     for argv, message in ((["--steps", 0], "at least 1"), (["--steps", 4, "--resume"], "no state.pt"),
                           (["--init-bert", str(tmp_path)], "--tokenizer")):
@@ -111,7 +89,7 @@ def test_bad_arguments(toy, tmp_path):
     assert done.returncode == 2 and "another steps" in done.stderr
 
 
-def test_init_bert_from_a_folder(toy, tmp_path):
+def test_init_bert_from_a_folder(run, toy, tmp_path):
     from transformers import BertConfig, BertModel
     AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm").save_pretrained(tmp_path / "bert")
     BertModel(BertConfig(vocab_size=1024, hidden_size=48, num_hidden_layers=2, num_attention_heads=12, intermediate_size=192)
@@ -123,7 +101,7 @@ def test_init_bert_from_a_folder(toy, tmp_path):
     assert done.returncode == 2 and "set --width" in done.stderr
 
 
-def test_real_data(tmp_path):
+def test_real_data(run, tmp_path):
     out = tmp_path / "data"
     data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out)]))
     assert run(out, tmp_path / "run", "--steps", 2, "--tokenizer", real("llm/TinyStories-656K")).returncode == 0
