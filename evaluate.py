@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from assets.guard import Parser, a_seed, printable, reading, within, write_file
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, pick_device, read_config, run_script
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
-from train_stage1 import evaluate_texts, write_file
+from train_stage1 import evaluate_texts
 from train_stage2 import Examples, collate, load_stage1, pack
 
 
@@ -267,21 +268,21 @@ def recommend(run, args, device):
 
 def show(results, args):
     for data in dict.fromkeys(r["dataset"] for r in results):
-        print(f"\n== {data}")
+        print(f"\n== {printable(data)}")
         print_tables([r for r in results if r["dataset"] == data], args.against)
     if args.plot:
         plot(results, args.plot)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--run", nargs="+", help="run directories [all of out/toy; with --data data/NAME, of out/NAME]")
     p.add_argument("--data", help="prepared folder [the run's]")
     p.add_argument("--recommend", metavar="FILE", help="evaluate nothing: print the ten best items for each user id in FILE, one a line")
     p.add_argument("--new", metavar="FOLDER", help="with --recommend: interactions.csv (and items.csv) of users and items that came later")
     p.add_argument("--split", default="test", choices=["valid", "test"], help="[test]")
     p.add_argument("--tasks", nargs="+", default=[*RANKING_TASKS, "text"], choices=[*RANKING_TASKS, "text"], help="[all]")
-    p.add_argument("--beams", type=int, help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]")
+    p.add_argument("--beams", type=within(int, 0), help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]")
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="score names without renormalising")
     p.add_argument("--keep-history", action=argparse.BooleanOptionalAction, default=False, help="leave items of the history in [no]")
     p.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False, help="shuffled CF, zero soft tokens, text only")
@@ -290,23 +291,23 @@ def main():
     p.add_argument("--table", nargs="+", metavar="FILE", help="run nothing: tables of these metrics.json or --json files")
     p.add_argument("--against", default="ilm", help="the method that p compares with [ilm]")
     p.add_argument("--plot", metavar="DIR", help="draw figures there (needs matplotlib)")
-    p.add_argument("--max-users", type=int, help="a fixed random sample of test users [all]")
-    p.add_argument("--max-texts", type=int, default=500, help="instances a text task [500]")
-    p.add_argument("--batch-size", type=int, default=50, help="users ranked at a time [50]")
+    p.add_argument("--max-users", type=within(int, 1), help="a fixed random sample of test users [all]")
+    p.add_argument("--max-texts", type=within(int, 1), default=500, help="instances a text task [500]")
+    p.add_argument("--batch-size", type=within(int, 1), default=50, help="users ranked at a time [50]")
     p.add_argument("--json", help="write the list of all results there")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
-    p.add_argument("--seed", type=int, default=0, help="of nothing here: evaluation draws no random numbers but fixed ones [0]")
+    p.add_argument("--seed", type=a_seed, default=0, help="of nothing here: evaluation draws no random numbers but fixed ones [0]")
     args = p.parse_args()
     if args.table:
-        results = [json.loads(Path(f).read_text()) for f in args.table]
-        return show([r for found in results for r in (found if isinstance(found, list) else [found])], args)
+        with reading("--table", "give metrics.json or --json files of evaluate.py"):
+            results = [json.loads(Path(f).read_text()) for f in args.table]
+            return show([r for found in results for r in (found if isinstance(found, list) else [found])], args)
     folder = Path("out", Path(args.data or "toy").name)
     runs = args.run or sorted(str(f.parent) for f in folder.glob("*/model.safetensors"))
     if not runs:
         raise InputError(f"no runs in {folder}; run train_stage1.py and train_stage2.py first, or name run directories with --run")
     for run in runs:
-        if not (Path(run) / "config.json").is_file():
-            raise InputError(f"{run}: not a run directory (no config.json); run train_stage2.py --out {run} first")
+        read_config(run)
     device = pick_device(args.device)
     if args.recommend:
         return recommend((args.run or [str(folder / "ilm")])[0], args, device)

@@ -10,7 +10,6 @@ Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder, and an item that occurs several times in a batch is encoded once."""
-import argparse
 import inspect
 import re
 from contextlib import nullcontext
@@ -22,9 +21,10 @@ import torch.nn as nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as hf_logging
 
+from assets.guard import Parser, a_seed
 from assets.hub import Portable
-from data import (SOFT, InputError, autocast, extend, from_pretrained, item_names, load_dataset, load_weights, pick_device, precision,
-                  read_config, run_script)
+from data import (SOFT, InputError, autocast, check_fingerprint, extend, from_pretrained, item_names, load_dataset, load_weights,
+                  pick_device, precision, read_config, run_script)
 from qformer import MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
@@ -186,7 +186,7 @@ class ILM(nn.Module, Portable):
         """Soft tokens start as loud as the LLM's own states half way up its layers (17 times the embeddings in the toy LLM): so the layers
         pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
         A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
-        ids = torch.tensor([sum(self.name_ids[:64], [])[:256]], device=self.cf.device)
+        ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
         reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
         gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
@@ -249,7 +249,7 @@ class ILM(nn.Module, Portable):
             if len(ids) + self.reserve <= self.context or not history and len(turns) < 3:
                 break
             history, turns = history[1:], turns if history else turns[2:]
-        if len(ids) + self.reserve > self.context:
+        if not 0 < len(ids) <= self.context - self.reserve:
             raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
                              f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}")
         return ids
@@ -439,8 +439,8 @@ def build_ilm(config, dataset, device):
     llm = from_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config["llm"], "--llm",
                           dtype=torch.float32 if config["train_llm"] or precision(device) != torch.bfloat16 else torch.bfloat16)
     tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--llm {config['llm']}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+    if tokenizer.eos_token_id is None or len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        raise InputError(f"--llm {config['llm']}: its tokenizer has no end token (eos_token in tokenizer_config.json) or is another LLM's")
     encoder = make_encoder(config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim)
     model = ILM(llm, tokenizer, encoder, config["num_queries"], dataset, config).to(device)
     model.names_trie.to(device)
@@ -451,7 +451,7 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of interactions.csv (and items.csv) with users and
     items that came later; they get vectors by fold-in (data.extend) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
-    config["llm"], dataset = llm or config["llm"], load_dataset(data or config["data"])
+    config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
     model = build_ilm(config, extend(dataset, new) if new else dataset, device)
     load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
     return model.eval()
@@ -460,14 +460,14 @@ def load_ilm(run, device, data=None, new=None, llm=None):
 # ---- Talking to it ---------------------------------------------------------------------------------------------------
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
     p.add_argument("--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]")
     p.add_argument("--data", help="prepared folder [the run's]")
     p.add_argument("--new", metavar="FOLDER", help="interactions.csv (and items.csv) of users and items that came after training")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument("--export", metavar="FILE.npy", help="write the soft tokens of all items and users, for use elsewhere")
-    p.add_argument("--seed", type=int, default=0, help="unused: answers are greedy [0]")
+    p.add_argument("--seed", type=a_seed, default=0, help="unused: answers are greedy [0]")
     args = p.parse_args()
     model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
     if args.export:

@@ -79,6 +79,7 @@ class Chat:
             entity = self.mixture(name) if kind == "item" and name not in self.known["item"] else None
             return f"{{{kind}:{self.number(kind, name) if entity is None else entity}}}"
 
+        text = CONTROL.sub(" ", text)  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
         if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
             raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
         return re.sub(r"\{(item|user|history):([^{}]+)\}|\[([^][]+)\]", mention, text)
@@ -153,6 +154,8 @@ class Chat:
 
     def converse(self):
         terminal = sys.stdin.isatty()
+        with suppress(AttributeError):  # a stream that holds text already
+            sys.stdin.reconfigure(errors="replace")
         if terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  (input() edits lines with it, and takes long ones)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import RANKING_TASKS, InputError
+from assets.guard import InputError, printable
+from data import RANKING_TASKS
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
@@ -53,11 +54,12 @@ def table(title, keys, methods, against="", values=None):
     """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
     difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
     if methods and keys:
-        print(f"\n{title:34}" + "".join(f"{k:>9}" for k in keys) + "    s.e.  seeds" + (f"  p ({against})" if values else ""))
+        head = "".join(f"{printable(k):>9}" for k in keys)
+        print(f"\n{printable(title):34}{head}    s.e.  seeds" + (f"  p ({against})" if values else ""))
     for name, found in methods.items() if keys else ():
         error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
         error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
-        line = f"  {name:32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
+        line = f"  {printable(name):32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
         other = methods.get(against + name[name.find(","):] * ("," in name))
         if values and other and other is not found:
             line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
@@ -82,9 +84,9 @@ def print_tables(results, against="ilm"):
     table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
         **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
     r, commits = results[0], ", ".join(sorted({str(r["commit"]) for r in results}))
-    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {r['device']}, commit {commits}")
+    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {printable(r['device'])}, commit {printable(commits)}")
     for name, found in by_method(results, lambda r: r["retention"]).items():
-        print(f"{name}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
+        print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
 
 
 def plot(results, folder):

@@ -244,6 +244,8 @@ def test_same_seed_same_bits_for_every_script(script, work, tmp_path):
         assert outcome(tmp_path / name) == outcome(work / name[:-3])
         other = script(name, *argv, "--seed", 5, "--out", tmp_path / f"{name} other", cwd=work)
         assert other.returncode == 0 and outcome(tmp_path / f"{name} other")["model"] != outcome(tmp_path / name)["model"]
+    said = [script("ilm.py", "--run", "train_stage2", "Describe {item:007}.", cwd=work) for _ in range(2)]
+    assert said[0].stdout == said[1].stdout and said[0].returncode == 0
     metrics = []
     for run in (work / "train_stage2", tmp_path / "train_stage2.py"):
         assert script("evaluate.py", "--run", run, *EVALUATE, cwd=work).returncode == 0

@@ -190,8 +190,12 @@ FLAGS = [  # script, flags, files, words
          ["fit the LLM's context"]),
         (["--resume"], {}, ["no state.pt"]), (["--resume", "--out", "WORK/train_stage2", "--seed", 3], {}, ["another", "seed"])]),
     *(("evaluate.py", argv, files, words) for argv, files, words in [
-        (["--run", "nowhere"], {}, ["nowhere", "not a run"]), (["--run", "."], {"config.json": "{"}, ["model.safetensors"]),
-        (["--table", "nowhere"], {}, ["nowhere"]), (["--run", "WORK/train_stage2", "--data", "nowhere"], {}, ["nowhere", "data.py"]),
+        (["--run", "nowhere"], {}, ["nowhere", "not a finished"]), (["--run", "."], {"config.json": "{"}, ["model.safetensors"]),
+        (["--table", "nowhere"], {}, ["nowhere"]),
+        (["--table", "t"], {"t": "{"}, ["--table"]), (["--table", "t"], {"t": "[1]"}, ["--table"]),
+        (["--beams", -1], {}, ["--beams"]), (["--batch-size", 0], {}, ["--batch-size"]), (["--max-users", 0], {}, ["--max-users"]),
+        (["--split", "train"], {}, ["--split", "test"]), (["--max-texts", "x"], {}, ["--max-texts"]), (["--seed", -1], {}, ["--seed"]),
+        (["--run", "WORK/train_stage2", "--data", "nowhere"], {}, ["nowhere", "data.py"]),
         (["--run", "WORK/train_stage2", "--data", "WORK/data/toy", "--sc-encoder", "./nowhere", *EVALUATE, "--tasks", "text"], {},
          ["--sc-encoder ./nowhere"])]),
     *(("ilm.py", argv, {}, words) for argv, words in [
@@ -263,6 +267,13 @@ def other_weights(path):
     save_file({"nothing": torch.ones(2)}, path)
 
 
+def more_tokens(path):
+    """The tokenizer of another LLM: more tokens than this one has embeddings."""
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=1024 + k, content=f"<{k}>") for k in range(5)]
+    path.write_text(json.dumps(tokenizer))
+
+
 BROKEN = [  # script, flags, file, what is done to it, words
     *(("train_stage2.py", ["--stage1", "train_stage1"], f"train_stage1/{file}", change, words) for file, change, words in [
         ("model.safetensors", half, ["model.safetensors", "train again"]), ("model.safetensors", garbage, ["model.safetensors"]),
@@ -286,6 +297,8 @@ BROKEN = [  # script, flags, file, what is done to it, words
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/model.safetensors", half, ["--llm llm"]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", half, ["--llm llm"]),
     ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(llm=None), ["config.json", "llm"]),
+    ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(fingerprint=[1]), ["data/toy has other CF vectors"]),
+    ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", more_tokens, ["another LLM's"]),
     ("evaluate.py", ["--run", "train_stage2"], "train_stage2/model.safetensors", half, ["model.safetensors"]),
 ]
 
@@ -423,6 +436,22 @@ def test_odd_movielens_files(script, tmp_path, files, argv):
     assert dataset.users == list("123456") and "Caf\xe9" in dataset.items[0]["title"] and len(dataset.sequence) == 36
 
 
+def test_titles_and_texts_longer_than_the_context(script, tmp_path):
+    """An LLM with learnt positions, 200 of them: names have to be cut, and one line says so; targets are cut, histories lose old items."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    put(tmp_path, ODD)
+    AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm").save_pretrained(tmp_path / "llm")
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=200, n_embd=32, n_layer=1, n_head=2, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(tmp_path / "llm")
+    assert script("data.py", *"--dataset csv --source . --min-count 1 --cf-dim 4 --out out/x".split(), cwd=tmp_path).returncode == 0
+    argv = "--data out/x --out s2 --llm llm --method ilm-rand --width 32 --steps 2 --batch-size 2 --valid-users 4".split()
+    one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "fit the LLM's context of 200", "--name-tokens")
+    done = script("train_stage2.py", *argv, "--name-tokens", 8, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done
+    done = script("evaluate.py", "--run", "s2", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done
+
+
 def test_quotes_in_a_tsv_are_inches(script, tmp_path):
     put(tmp_path, openp5() | {"items.tsv": 'id\ttitle\ni0\t"Weird Al" live\ni1\t7" single\ni2\t"open\n'})
     done = script("data.py", *"--dataset openp5 --source . --min-count 1 --out out".split(), cwd=tmp_path)
@@ -499,6 +528,22 @@ def test_binary_files_under_fuzz(work, tmp_path):
                 refused += 1
         (tmp_path / "toy" / file).write_bytes(whole)
     assert refused > 100
+
+
+def test_what_a_user_types_under_fuzz(make_ilm):
+    """A line of the conversation, mentions in any state of disrepair: token ids, or one InputError."""
+    from assets.chat import Chat
+    chat, rng, refused = Chat(make_ilm()), np.random.default_rng(0), 0
+    pieces = ["{item:", "{user:", "{history:", "{", "}", "[", "]", "001", "7", "-1", "*0.5", "*", "+item:", ",", " amber ", "\x1b[2J", "\0",
+              "<|soft|>", "{item}", "{text}", "\ud800", "e", " ", "9" * 30, "{item:001}", "{user:3}", "{history:001,002}",
+              "{item:001*0.5+item:002*0.5}"]
+    for _ in range(400):
+        line = "".join(rng.choice(pieces, size=rng.integers(1, 9)))
+        try:
+            assert chat.model.prompt_ids([chat.resolve(line)], named=False)
+        except data.InputError as error:
+            refused += bool(guard.printable(error))
+    assert 100 < refused < 400
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
