@@ -240,7 +240,7 @@ class ILM(nn.Module, Portable):
                 text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
                 text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
             else:
-                text = "".join(turn + (" ", self.tokenizer.eos_token)[k % 2] for k, turn in enumerate(text))[:-1]
+                text = "".join(turn + " \n"[k % 2] for k, turn in enumerate(text))[:-1]
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])

@@ -17,6 +17,7 @@ item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line wit
   /recommend MENTIONS   the same, by a prompt from training: for a user, or for someone new who liked the items mentioned
   /list [N]             items, 20 from the N-th on              /search WORDS   items by title or text
   /show MENTION         what is known of an item                /new            forget the conversation
+  /remember N           let it read the last N exchanges with each question (chat models start with 9, others with 0)
   /help                 this                                    /quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"""
 
 
@@ -36,6 +37,7 @@ class Printer(TextStreamer):
 class Chat:
     def __init__(self, model):
         self.model, self.items, self.turns = model, model.dataset.items, []
+        self.memory = 9 if model.tokenizer.chat_template else 0  # training showed single questions: an LLM that never chatted gets confused
         ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
         self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
         lines = load_prompts(*filter(None, [model.config.get("prompts")]))
@@ -92,7 +94,8 @@ class Chat:
         if re.search(r"\brecommend\b", line, re.I) and re.search(r"\{(user|item|history):", text):
             return self.recommend(text, text)
         printer, named = Printer(self.model.tokenizer), self.model.encoder is None  # items unnamed, as in the text tasks of training
-        prompt = self.model.prompt_ids([*self.turns, text], named=named)
+        before = self.turns[max(0, len(self.turns) - 2 * self.memory):]
+        prompt = self.model.prompt_ids([*before, text], named=named)
         try:
             with self.model.autocast():
                 self.model.generate([prompt], min(128, self.model.context - len(prompt)), streamer=printer)
@@ -141,13 +144,19 @@ class Chat:
         for item in items:
             print(self.name(item) + "\n" + printable(self.items[item]["text"] or "(no text)"))
 
+    def remember(self, count):
+        if not count.isdigit():
+            raise InputError(f"/remember: {count or 'nothing'} is not a number of exchanges")
+        self.memory = int(count)
+
     def command(self, line):
         """One line of the user's: a command or something to answer. True: leave."""
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return True
         actions = {"/help": lambda: print(HELP), "/list": lambda: self.list(rest), "/search": lambda: self.search(rest),
-                   "/new": self.turns.clear, "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest))}
+                   "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest)),
+                   "/remember": lambda: self.remember(rest), "/new": self.turns.clear}
         if line.startswith("/") and name not in actions:
             raise InputError(f"{name}: no such command; /help lists them")
         actions.get(name, lambda: self.answer(line))()

@@ -117,9 +117,20 @@ def test_the_model_reads_the_whole_conversation_until_the_context_is_full(chat):
     chat.turns = ["Describe {item:2}.", "A western.", "And [of] {item:3}?", "A comedy."]
     model, seen = chat.model, lambda ids: [(i - (1 << 24)) // model.K for i in ids if i >= 1 << 24][::model.K]
     ids = model.prompt_ids([*chat.turns, "Compare {item:2} and {item:4}."], named=False)
-    assert seen(ids) == [2, 3, 2, 4] and ids.count(model.tokenizer.eos_token_id) == 2
+    assert seen(ids) == [2, 3, 2, 4] and model.tokenizer.decode([i for i in ids if i < 1 << 24]).count("\n") == 2
     model.context = len(ids) + 63
     assert seen(model.prompt_ids([*chat.turns, "Compare {item:2} and {item:4}."], named=False)) == [3, 2, 4]
+
+
+def test_a_reply_reads_as_much_of_the_conversation_as_it_is_told_to(chat, monkeypatch):
+    read = []
+    monkeypatch.setattr(chat.model, "prompt_ids", lambda turns, **_: read.append(len(turns)) or [5])
+    monkeypatch.setattr(chat.model, "generate", lambda prompts, limit, streamer: streamer.on_finalized_text("Yes."))
+    for line in ("a", "b", "/remember 1", "c", "/remember 9", "d", "/new", "e"):
+        chat.command(line)
+    assert read == [1, 1, 3, 7, 1]  # a question, and two turns an exchange
+    with pytest.raises(data.InputError, match="not a number"):
+        chat.command("/remember all")
 
 
 def test_mentions_by_id_title_and_mixture(chat):
