@@ -44,7 +44,7 @@ class Terminal:
         """Its exit status."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-    def until(self, pattern, seconds=60):
+    def until(self, pattern, seconds=300):
         """What it prints up to a match of `pattern`."""
         seen, end = "", time.time() + seconds
         while not re.search(pattern, seen):
