@@ -17,6 +17,7 @@ Equal times keep the order of the file (the sort is stable). The folder appears 
 import hashlib
 import json
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def load_dataset(path):
     """Read a prepared folder and check it against the sums in its meta.json."""
     end_move(path := Path(path))
     if not (path / "meta.json").is_file():
-        raise InputError(f"{path}: not a prepared folder (no meta.json); run `python data.py --out {path}` first")
+        raise InputError(f"{path}: not a prepared folder (no meta.json); data.py makes one: is the name right?")
     lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
     with reading(path, "not what data.py writes; prepare the folder again"):
         meta = json.loads((path / "meta.json").read_text())
@@ -171,35 +172,39 @@ def load_dataset(path):
 
 
 def extend(dataset, folder):
-    """The data set and, after its own, users and items that are new in folder/interactions.csv (items.csv says what the items are). A
-    new user is folded in from the known items they chose, a new item from the known users who chose it; known users stay as they are."""
+    """The data set with the users and items that are new in folder/interactions.csv after its own (items.csv says what the items are), and
+    the histories of all. A new user is folded in from the known items they chose, a new item from the known users who chose it, and
+    who meets nothing known is left out with a note; the vectors of known ones stay as they are."""
+    if not (Path(folder) / "interactions.csv").is_file():
+        raise InputError(f"--new {folder}: no interactions.csv in it")
     users, items, times = read_csv(folder)
     table, pairs = {}, np.stack([items, users], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
     for name in ("items.csv", "items.tsv", "items.jsonl"):
         table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
     known = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in dataset.items], dataset.users)]
-    fresh, raw, cf = ({}, {}), [], []                              # new items, new users: {id: those it meets, in time order}
-    for pair in pairs:
-        for side in (0, 1):
-            if pair[side] not in known[side]:
-                fresh[side].setdefault(pair[side], []).append(pair[1 - side])
-    for side, (kind, own, other, standard) in enumerate((("item", *dataset.raw_cf[::-1], dataset.item_cf),
-                                                         ("user", *dataset.raw_cf, dataset.user_cf))):
-        vectors = torch.empty(0, own.shape[1])
-        for name, met in fresh[side].items():
-            met = [known[1 - side][x] for x in met if x in known[1 - side]]
-            if not met:
-                raise InputError(f"{folder}/interactions.csv: {kind} {name} meets nothing known, so that it gets no vector; remove it")
-            vectors = torch.cat([vectors, fold_in(other, met)[None]])
+    fresh, raw, cf, lost = [], [], [], []
+    for side, (own, other, standard) in enumerate(((*dataset.raw_cf[::-1], dataset.item_cf), (*dataset.raw_cf, dataset.user_cf))):
+        met = {pair[side]: [] for pair in pairs if pair[side] not in known[side]}              # new ones: whom of the known they meet
+        for pair in pairs:
+            if pair[side] in met and pair[1 - side] in known[1 - side]:
+                met[pair[side]].append(known[1 - side][pair[1 - side]])
+        lost += [name for name in met if not met[name]]
+        fresh.append([name for name in met if met[name]])
+        vectors = torch.stack([own[:0].sum(0), *(fold_in(other, met[name]) for name in fresh[-1])])[1:]
         raw.append(torch.cat([own, vectors]))
         cf.append(torch.cat([standard, standardise(vectors, own)]))
+    if lost:
+        print(f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}", file=sys.stderr)
     catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in fresh[0])]
     unique_titles(catalogue)
-    number = {item["id"]: k for k, item in enumerate(catalogue)}
-    sequences = [[number[i] for i in met] for met in fresh[1].values()]
-    return replace(dataset, items=catalogue, users=[*dataset.users, *fresh[1]], item_cf=cf[0], user_cf=cf[1], raw_cf=(raw[1], raw[0]),
-                   indptr=np.append(dataset.indptr, dataset.indptr[-1] + np.cumsum([len(s) for s in sequences], dtype=int)),
-                   sequence=np.append(dataset.sequence, np.array(sum(sequences, []), dtype=int)))
+    users = [*dataset.users, *fresh[1]]
+    number = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in catalogue], users)]
+    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in fresh[1]]
+    for item, user in pairs:
+        if item in number[0] and user in number[1] and number[0][item] not in sequences[number[1][user]]:
+            sequences[number[1][user]].append(number[0][item])
+    return replace(dataset, items=catalogue, users=users, item_cf=cf[0], user_cf=cf[1], raw_cf=(raw[1], raw[0]),
+                   indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array(sum(sequences, []), dtype=int))
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------

@@ -452,7 +452,7 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     items that came later; they get vectors by fold-in (data.extend) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
     config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
-    model = build_ilm(config, extend(dataset, new) if new else dataset, device)
+    model = build_ilm(config, extend(dataset, new) if new else dataset, torch.device(device))
     load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
     return model.eval()
 

@@ -109,7 +109,7 @@ class Chat:
         history = [int(i) for group in re.findall(r"\{(?:item|history):([\d,]+)\}", text) for i in group.split(",")]
         history = [i for i in history if i < len(self.items)]
         if not users and not history:
-            raise InputError("for whom? Mention a user, {user:ID}, or what somebody liked, [title]")
+            raise InputError("for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)")
         had = history or ([int(i) for i in self.model.dataset.items_of(users[0])] if users[0] < len(self.known["user"]) else [])
         if template is None:
             if not users:
@@ -172,6 +172,8 @@ class Chat:
         while True:
             try:
                 line = input("> ") if terminal else next(sys.stdin, None)
+                if line and not terminal:
+                    print(f"> {line.strip()}")
                 if line is None or line.strip() and self.command(line.strip()):
                     return
             except InputError as error:

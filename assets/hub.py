@@ -58,6 +58,8 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
     def _from_pretrained(cls, *, model_id, data=None, llm=None, device=None, new=None, config=None, **download):
         """ILM.from_pretrained(folder or hub id): `data`, `llm` replace the prepared folder and the LLM that its config.json names."""
         known = inspect.signature(snapshot_download).parameters
+        if not Path(model_id).is_dir() and model_id.count("/") != 1:
+            raise InputError(f"{model_id}: no such folder (give a folder with config.json, or a hub id like name/model)")
         run = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **{k: v for k, v in download.items() if k in known})
         from ilm import load_ilm, pick_device
         return load_ilm(run, pick_device(device), data, new, llm)

@@ -161,7 +161,7 @@ def movielens_items(path):
 
 def other_items(path):
     """Yield (line number, id, item). The id's column is one of ID_KEYS, else the first; columns of other names are attributes."""
-    for number, row in table_rows(path):
+    for number, row in table_rows(path, ("title",)):
         key = next((k for k in ID_KEYS if k in row), next(iter(row)))
         rest = {k: v for k, v in row.items() if k not in (key, "title", "text", "attributes") and v}
         rest = {k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()}

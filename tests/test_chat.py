@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ class Terminal:
         self.pid, self.ours = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background was told to ignore it
             os.execve(sys.executable, [sys.executable, *command], {**os.environ, "TERM": "dumb"})
 
     def leaves(self):

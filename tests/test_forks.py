@@ -67,13 +67,15 @@ def test_later_users_and_items_are_ranked_without_retraining(shop, run, script):
     folder, _ = shop
     (folder / "later").mkdir()
     write_csv(folder / "later/items.csv", [("id", "title", "kind"), ("p99", "Harvest Blend", "tea")])
-    log = [("bob", f"p{i}", i) for i in (0, 2, 4)] + [(f"ann{u}", "p99", 9) for u in range(0, 20, 2)]
+    log = [("bob", f"p{i}", i) for i in (0, 2, 4)] + [(f"ann{u}", "p99", 9) for u in range(0, 20, 2)] + [("eve", "p100", 0)]
     write_csv(folder / "later/interactions.csv", [("user", "item", "timestamp"), *log])
     (folder / "bob.txt").write_text("bob\n")
     printed = run(folder, "evaluate.py", "--data", "data/shop", "--recommend", "bob.txt", "--new", "later")
     rows = [line.split("\t") for line in printed.splitlines()]
     assert [r[0] for r in rows[1:]] == ["bob"] * 10 and not {"p0", "p2", "p4"} & {r[2] for r in rows}
     old, new = (load_ilm(folder / "out/shop/ilm", torch.device("cpu"), folder / "data/shop", later) for later in (None, folder / "later"))
+    ann, old_ann = (m.dataset.items_of(m.dataset.users.index("ann2")).tolist() for m in (new, old))
+    assert ann == [*old_ann, 50] and "eve" not in new.dataset.users  # eve and p100 meet nothing known
     assert new.num_items == old.num_items + 1 == 51 and new.names[:50] == old.names and new.names[50] == "Harvest Blend"
     torch.testing.assert_close(new.cf[:50], old.cf[:50])
     cosine = torch.nn.functional.normalize(new.dataset.raw_cf[1]) @ torch.nn.functional.normalize(new.dataset.raw_cf[1][50], dim=0)
@@ -127,7 +129,7 @@ def test_an_encoder_of_your_own(toy, tmp_path):
 def test_a_saved_model_is_a_folder_without_llm_and_gives_the_same_scores(shop, monkeypatch):
     folder, _ = shop
     monkeypatch.chdir(folder)
-    model = load_ilm("out/shop/ilm", torch.device("cpu"))
+    model = load_ilm("out/shop/ilm", "cpu")
     model.save_pretrained("saved")
     assert {f.name for f in (folder / "saved").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert (folder / "saved/model.safetensors").stat().st_size == (folder / "out/shop/ilm/model.safetensors").stat().st_size
@@ -145,7 +147,7 @@ def test_push_to_hub_uploads_that_folder(shop, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": repo_id})())
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, *, folder_path, repo_id, **_: sent.update(
         {repo_id: sorted(f.name for f in __import__("pathlib").Path(folder_path).iterdir())}))
-    model = load_ilm("out/shop/ilm", torch.device("cpu"))
+    model = load_ilm("out/shop/ilm", "cpu")
     assert isinstance(model, Portable)
     model.push_to_hub("me/tea-ilm")
     assert sent == {"me/tea-ilm": ["README.md", "config.json", "model.safetensors"]}

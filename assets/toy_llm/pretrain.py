@@ -228,4 +228,6 @@ if __name__ == "__main__":
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--seed", type=int, default=0)
     arguments = p.parse_args()
+    if arguments.data and not arguments.probe and Path(arguments.out) == HERE:
+        p.error("--data needs an --out of its own: this folder is the toy LLM's")
     (probe if arguments.probe else train)(arguments)
