@@ -201,7 +201,8 @@ def probe(args):
     for width in args.widths:  # before there is an LLM: how wide has it to be? One token a name, rows drawn at random
         torch.manual_seed(1)
         rows = torch.randn(len(dataset.items), width) * 2 / math.sqrt(width)
-        print(f"width {width}: read-out ceiling of random rows, valid HR@10 {read_out(dataset, rows, False):.3f}", flush=True)
+        free = f", of free ones {read_out(dataset, rows, True):.3f}" if width == args.widths[0] else ""
+        print(f"width {width}: read-out ceiling of random rows, valid HR@10 {read_out(dataset, rows, False):.3f}{free}", flush=True)
     if args.widths:
         return
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
