@@ -230,7 +230,7 @@ class ILM(nn.Module, Portable):
                 given = [int(i) for i in match[2].split(",")] if match[2] else None
                 if match[1] == "user":
                     person = given[0] if given else user
-                    return f"user {soft(self.num_items + person) or self.dataset.users[person]}"
+                    return f"user {soft(self.num_items + person) or ''.join(self.dataset.users[person:person + 1])}"
                 if match[1] == "item":
                     return mention(given[0] if given else queue.pop(0), named) or "this item"
                 return ", ".join(mention(int(i)) for i in given or history)

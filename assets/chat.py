@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from assets.guard import CONTROL, InputError, printable
-from data import RANKING_TASKS, fold_in, load_prompts, standardise
+from data import fold_in, load_prompts, standardise
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -41,7 +41,7 @@ class Chat:
         ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
         self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
         lines = load_prompts(*filter(None, [model.config.get("prompts")]))
-        self.templates = {task: next(t[2] for t in lines if t[:2] == (task, "seen")) for task in RANKING_TASKS}
+        self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace("{dataset}", model.dataset.meta["name"])
 
     # -- Who is meant
 
@@ -110,12 +110,12 @@ class Chat:
         history = [i for i in history if i < len(self.items)]
         if not users and not history:
             raise InputError("for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)")
-        had = history or ([int(i) for i in self.model.dataset.items_of(users[0])] if users[0] < len(self.known["user"]) else [])
+        had = [*(int(i) for u in users[:1] for i in self.model.dataset.items_of(u)), *history]
         if template is None:
             if not users:
                 users = [self.model.add(standardise(fold_in(self.model.dataset.raw_cf[1], history)[None], self.model.dataset.raw_cf[0])[0])
                          - self.model.num_items]
-            template = self.templates["sequential"]
+            template = self.template
         with torch.no_grad():
             prompt = self.model.prompt_ids(template, *users[:1] or [None], had[-20:])
             found, = self.model.recommend([prompt], [had])

@@ -37,6 +37,7 @@ class Terminal:
 
     def __init__(self, *command):
         self.pid, self.ours = pty.fork()
+        os.set_blocking(self.ours, False) if self.pid else None
         if self.pid == 0:
             os.chdir(ROOT)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background was told to ignore it
@@ -46,21 +47,23 @@ class Terminal:
         """Its exit status."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-    def until(self, pattern, seconds=300):
-        """What it prints up to a match of `pattern`."""
+    def until(self, pattern, data=b"", seconds=300):
+        """What it prints up to a match of `pattern`, and after it was sent `data`, bit by bit: else each side might wait for the other."""
         seen, end = "", time.time() + seconds
-        while not re.search(pattern, seen):
-            ready, _, _ = select.select([self.ours], [], [], max(0, end - time.time()))
-            assert ready, f"{pattern!r} did not come within {seconds} s: {seen[-500:]!r}"
-            try:
-                seen += os.read(self.ours, 4096).decode(errors="replace")
-            except OSError:  # the other side is closed
-                assert re.search(pattern, seen), seen
+        while data or not re.search(pattern, seen):
+            readable, writable, _ = select.select([self.ours], [self.ours] if data else [], [], max(0, end - time.time()))
+            assert readable or writable, f"{pattern!r} did not come within {seconds} s: {seen[-500:]!r}"
+            if writable:
+                data = data[os.write(self.ours, data[:256]):]
+            if readable:
+                try:
+                    seen += os.read(self.ours, 4096).decode(errors="replace")
+                except OSError:  # the other side is closed
+                    assert re.search(pattern, seen), seen
         return seen
 
     def say(self, line, pattern=r"\n> $"):
-        os.write(self.ours, line.encode() + b"\n")
-        return self.until(pattern)
+        return self.until(pattern, line.encode() + b"\n")
 
 
 def test_a_conversation_in_a_terminal(run):
@@ -152,8 +155,17 @@ def test_recommendations_leave_out_what_they_had_and_end_in_a_valid_list(chat, c
     listed = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()]
     had = {chat.name(int(i)) for i in chat.model.dataset.items_of(user)}
     assert len(listed) == 10 and set(listed) <= set(map(chat.name, range(120))) and not had & set(listed)
+    chat.recommend(chat.resolve("{user:5} who also took {history:001,002}"))
+    assert not (had | set(map(chat.name, (0, 1)))) & {line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()}
     with pytest.raises(data.InputError, match="for whom"):
         chat.recommend("something")
+
+
+def test_a_text_only_model_talks_as_well(make_ilm, capsys):
+    chat = Chat(make_ilm("text"))
+    for line in ("/recommend {user:5}", "/recommend {history:001,002}", "Describe {item:003}.", "Describe {item:003*0.5+item:008*0.5}."):
+        chat.command(line)
+    assert len(capsys.readouterr().out.splitlines()) == 22
 
 
 @pytest.mark.parametrize("text", ["Describe {item}.", "What would {user} like?", "{item:nobody}", "{item:}", "{movie:003}", "[no title]"])
