@@ -57,10 +57,14 @@ def autocast(device):
 
 # ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
 
-def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
+def check_name(name, flag):
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+
+
+def from_pretrained(auto_class, name, flag, **kwargs):
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
+    check_name(name, flag)
     with reading(f"{flag} {name}", "give the folder of a model that transformers can load without its own code"):
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
 
@@ -190,7 +194,7 @@ def extend(dataset, folder):
                 met[pair[side]].append(known[1 - side][pair[1 - side]])
         lost += [name for name in met if not met[name]]
         fresh.append([name for name in met if met[name]])
-        vectors = torch.stack([own[:0].sum(0), *(fold_in(other, met[name]) for name in fresh[-1])])[1:]
+        vectors = torch.stack([fold_in(other, met[name]) for name in fresh[-1]]) if fresh[-1] else own[:0]
         raw.append(torch.cat([own, vectors]))
         cf.append(torch.cat([standard, standardise(vectors, own)]))
     if lost:
@@ -200,11 +204,11 @@ def extend(dataset, folder):
     users = [*dataset.users, *fresh[1]]
     number = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in catalogue], users)]
     sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in fresh[1]]
-    for item, user in pairs:
+    for item, user in pairs:  # what the file repeats counts once
         if item in number[0] and user in number[1] and number[0][item] not in sequences[number[1][user]]:
             sequences[number[1][user]].append(number[0][item])
     return replace(dataset, items=catalogue, users=users, item_cf=cf[0], user_cf=cf[1], raw_cf=(raw[1], raw[0]),
-                   indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array(sum(sequences, []), dtype=int))
+                   indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------

@@ -442,7 +442,6 @@ def main():
         # -- log
         if step % 20 == 0:
             losses = dict(zip(losses, sum_over_processes(*(v.item() / world for v in losses.values()))))
-            check_finite(losses, step)
             run.log(step=step, **losses, **{k: v.item() for k, v in accuracy.items()}, grad_norm=norm,
                     temperature=model.temperature.item(), lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")

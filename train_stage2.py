@@ -292,7 +292,6 @@ def main():
         # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
-            check_finite(losses, step)
             run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 

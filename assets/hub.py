@@ -11,6 +11,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
 from assets.guard import InputError
+from data import check_name
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -58,8 +59,7 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
     def _from_pretrained(cls, *, model_id, data=None, llm=None, device=None, new=None, config=None, **download):
         """ILM.from_pretrained(folder or hub id): `data`, `llm` replace the prepared folder and the LLM that its config.json names."""
         known = inspect.signature(snapshot_download).parameters
-        if not Path(model_id).is_dir() and model_id.count("/") != 1:
-            raise InputError(f"{model_id}: no such folder (give a folder with config.json, or a hub id like name/model)")
+        check_name(model_id, "from_pretrained")
         run = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **{k: v for k, v in download.items() if k in known})
         from ilm import load_ilm, pick_device
         return load_ilm(run, pick_device(device), data, new, llm)

@@ -243,7 +243,7 @@ def trap(path):
     if path.suffix in (".pt", ".bin"):
         torch.save({"weights": Trap()}, path)
     elif path.suffix == ".npz":
-        np.savez(path, **{name: np.array([Trap()], dtype=object) for name in ("user", "item", "indptr", "items")}, allow_pickle=True)
+        np.savez(path, **{name: np.array([Trap()], dtype=object) for name in ("user", "item", "indptr", "items")})
     else:
         path.write_bytes(pickle.dumps(Trap(), protocol=2))
 
