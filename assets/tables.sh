@@ -95,7 +95,7 @@ for part in $parts; do
         done ;;
     fractions)  # stage 1 alone, on a part of the texts
         for seed in 0 1 2; do for percent in 10 30 100; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
-            align "$losses" "$seed" "-f$percent" --text-fraction "$(python -c "print($percent / 100)")" > /dev/null
+            if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "0.$percent"; fi > /dev/null
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP
         for seed in 0 1 2; do for k in 1 2 4 8 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
