@@ -18,14 +18,12 @@ import hashlib
 import json
 import re
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from assets.guard import CONTROL, InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
 from assets.readers import MOVIELENS_URL, find, load_cf, read_csv, read_items, read_movielens, read_openp5
@@ -36,82 +34,7 @@ HISTORY = 20       # OpenP5: histories are cut to the last 20 items
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
-# ---- Device and precision --------------------------------------------------------------------------------------------
-
-def pick_device(name=None):
-    with reading(f"--device {name}", "cpu always works"):
-        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-
-
-def precision(device):
-    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device):
-    dtype = precision(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-# ---- Checkpoints, as the other scripts read them ---------------------------------------------------------------------
-
-def check_name(name, flag):
-    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
-        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
-
-
-def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
-    check_name(name, flag)
-    with reading(f"{flag} {name}", "give the folder of a model that transformers can load without its own code"):
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-
-
-def load_weights(parameters, path):
-    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
-    with reading(path, "train again"):
-        tensors = load_file(path)
-    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
-    if wrong:
-        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-
-
-CONFIG = {"stage1": ["losses", "text_fraction"], "stage2": "llm method num_queries train_llm item_names name_tokens prompt_items".split()}
-
-
-def read_config(run, kind=None):
-    """config.json of a run directory of the given kind, stage1, stage2 or any; CONFIG: what its readers rely on."""
-    end_move(run)
-    path = Path(run) / "config.json"
-    if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
-    with reading(path, "not what our training scripts write; train again"):
-        config = json.loads(path.read_text())
-        if kind not in (None, config["kind"]):
-            raise InputError(f"{run}: is a {config['kind']} run, expected {kind}")
-        if missing := {"data", "seed", "steps", "lr", "qformer", *CONFIG[config["kind"]]} - {*config}:
-            raise InputError(f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again")
-    return config
-
-
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
-
-def fingerprint(dataset):
-    """What a run's config.json keeps to know its data set again: sizes, and some CF numbers (equal up to rounding on other machines)."""
-    return [len(dataset.users), *dataset.item_cf.shape, *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
-
-
-def check_fingerprint(config, dataset, run):
-    before, now = config.get("fingerprint"), fingerprint(dataset)
-    if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
-        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
-    return dataset
-
 
 @dataclass
 class Dataset:
@@ -147,14 +70,14 @@ class Dataset:
 
 
 def standardise(x, known=None):
-    """Every column of `known` (of x itself) to mean 0 and variance 1, over the rows that CF has seen (the others are exactly zero)."""
+    """Scale every column of x so that `known` (x itself) has mean 0 and variance 1, over the rows that CF has seen (not all zeros)."""
     known = x if known is None else known
     seen = known[known.abs().sum(1) > 0]
     return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6) if len(seen) > 1 else x
 
 
 def load_dataset(path):
-    """Read a prepared folder and check it against the sums in its meta.json."""
+    """Read a prepared folder and check it against the sums in its meta.json. Ends a preparation that a kill has cut short."""
     end_move(path := Path(path))
     if not (path / "meta.json").is_file():
         raise InputError(f"{path}: not a prepared folder (no meta.json); data.py makes one: is the name right?")
@@ -175,6 +98,21 @@ def load_dataset(path):
         return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
 
 
+def new_names(pairs, known, others):
+    """Pairs (name, other name) -> {each name that is not known: known others, by number, that it meets}. known, others: {name: number}."""
+    met = {name: [] for name, _ in pairs if name not in known}
+    for name, other in pairs:
+        if name in met and other in others:
+            met[name].append(others[other])
+    return met
+
+
+def fold_in_new(met, own, other, own_cf):
+    """Raw and standardised vectors (N, E) of one side, with a row more for each new name that meets known ones of the other side."""
+    vectors = torch.stack([fold_in(other, numbers) for numbers in met.values()]) if met else own[:0]
+    return torch.cat([own, vectors]), torch.cat([own_cf, standardise(vectors, own)])
+
+
 def extend(dataset, folder):
     """The data set with the users and items that are new in folder/interactions.csv after its own (items.csv says what the items are), and
     the histories of all. A new user is folded in from the known items they chose, a new item from the known users who chose it, and
@@ -182,32 +120,28 @@ def extend(dataset, folder):
     if not (Path(folder) / "interactions.csv").is_file():
         raise InputError(f"--new {folder}: no interactions.csv in it")
     users, items, times = read_csv(folder)
-    table, pairs = {}, np.stack([items, users], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
+    table, pairs = {}, np.stack([users, items], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
     for name in ("items.csv", "items.tsv", "items.jsonl"):
         table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
-    known = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in dataset.items], dataset.users)]
-    fresh, raw, cf, lost = [], [], [], []
-    for side, (own, other, standard) in enumerate(((*dataset.raw_cf[::-1], dataset.item_cf), (*dataset.raw_cf, dataset.user_cf))):
-        met = {pair[side]: [] for pair in pairs if pair[side] not in known[side]}              # new ones: whom of the known they meet
-        for pair in pairs:
-            if pair[side] in met and pair[1 - side] in known[1 - side]:
-                met[pair[side]].append(known[1 - side][pair[1 - side]])
-        lost += [name for name in met if not met[name]]
-        fresh.append([name for name in met if met[name]])
-        vectors = torch.stack([fold_in(other, met[name]) for name in fresh[-1]]) if fresh[-1] else own[:0]
-        raw.append(torch.cat([own, vectors]))
-        cf.append(torch.cat([standard, standardise(vectors, own)]))
+    number = lambda names: {name: k for k, name in enumerate(names)}
+    known_users, known_items = number(dataset.users), number(item["id"] for item in dataset.items)
+    new_users = new_names(pairs, known_users, known_items)
+    new_items = new_names([(item, user) for user, item in pairs], known_items, known_users)
+    lost = [name for met in (new_items, new_users) for name in met if not met[name]]
     if lost:
         print(f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}", file=sys.stderr)
-    catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in fresh[0])]
+    new_users, new_items = ({name: numbers for name, numbers in met.items() if numbers} for met in (new_users, new_items))
+    raw_users, user_cf = fold_in_new(new_users, *dataset.raw_cf, dataset.user_cf)
+    raw_items, item_cf = fold_in_new(new_items, *dataset.raw_cf[::-1], dataset.item_cf)
+
+    catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in new_items)]
     unique_titles(catalogue)
-    users = [*dataset.users, *fresh[1]]
-    number = [{name: k for k, name in enumerate(names)} for names in ([x["id"] for x in catalogue], users)]
-    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in fresh[1]]
-    for item, user in pairs:  # what the file repeats counts once
-        if item in number[0] and user in number[1] and number[0][item] not in sequences[number[1][user]]:
-            sequences[number[1][user]].append(number[0][item])
-    return replace(dataset, items=catalogue, users=users, item_cf=cf[0], user_cf=cf[1], raw_cf=(raw[1], raw[0]),
+    user_number, item_number = number([*dataset.users, *new_users]), number(item["id"] for item in catalogue)
+    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in new_users]
+    for user, item in pairs:  # what the file repeats counts once
+        if user in user_number and item in item_number and item_number[item] not in sequences[user_number[user]]:
+            sequences[user_number[user]].append(item_number[item])
+    return replace(dataset, items=catalogue, users=[*user_number], item_cf=item_cf, user_cf=user_cf, raw_cf=(raw_users, raw_items),
                    indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))
 
 
@@ -241,12 +175,14 @@ def length_batches(rows, columns, num_rows, pad, budget=1 << 15):
     """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length, filled up with `pad`, at most
     `budget` entries together (a single longer row apart), so that als_solve works in the processor's cache."""
     lengths = torch.bincount(rows, minlength=num_rows)
-    begin, order = lengths.cumsum(0) - lengths, torch.argsort(lengths)
-    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()
+    order = torch.argsort(lengths)                                                # row numbers, the shortest first
+    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()  # sorted by row; the last entry is the padding
+    begin = lengths.cumsum(0) - lengths                                           # where each row's columns begin
     start, batches = int((lengths == 0).sum()), []
     while start < num_rows:
-        longest = lengths[order[start:start + budget]]
-        some = order[start:start + max(1, int((longest * torch.arange(1, len(longest) + 1) <= budget).sum()))]
+        longest = lengths[order[start:start + budget]]                            # of the first 1, 2, 3 ... rows that are left
+        fits = int((longest * torch.arange(1, len(longest) + 1) <= budget).sum())
+        some = order[start:start + max(1, fits)]
         offset = torch.arange(int(lengths[some[-1]]))
         batches.append((some, columns[torch.where(offset < lengths[some, None], begin[some, None] + offset, len(columns) - 1)]))
         start += len(some)
@@ -314,9 +250,9 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
     return list(names)
 
 
-def load_prompts(path=Path(__file__).with_name("prompts.txt")):
+def load_prompts(path=None):
     """Template lines `task; seen|unseen; prompt; target` (OpenP5's format, and its placeholders) -> list of 4-tuples."""
-    templates = []
+    templates, path = [], path or Path(__file__).with_name("prompts.txt")
     with reading(path, "templates are lines of UTF-8 text, see prompts.txt"):
         text = Path(path).read_text(encoding="utf-8-sig")
     for number, line in enumerate(text.splitlines(), 1):

@@ -5,17 +5,19 @@
     python evaluate.py --recommend users.txt                                  # the ten best items for each user id in the file
     python evaluate.py --table assets/results/toy/*.json --plot assets        # means over seeds and who differs; runs nothing
 
-Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one seen and one unseen
-prompt. HR@k: share of users whose test item is among the first k. NDCG@k: mean of 1 / log2(rank + 1) there, else 0. Ties count
-against the target. Items of the user's own history are taken out, for every method and reference alike (--keep-history leaves them
-in); the target itself is never taken out. Text: log perplexity (-log p per target token, lower is better) and, where a task asks
-for one attribute, the share of generated answers that equal the truth; SC, the cosine of sentence embeddings of written and true text.
+Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one of the ten seen prompts
+(user number modulo 10) and with the unseen one. HR@k: share of users whose test item is among the first k. NDCG@k: mean of
+1 / log2(rank + 1) there, else 0. Ties count against the target. Items of the user's own history are taken out, for every method and
+reference alike (--keep-history leaves them in); the target itself is never taken out. Text: log perplexity (-log p per target token,
+lower is better); where a task asks for one attribute, the share of generated answers that equal the truth; SC, the cosine of sentence
+embeddings of written and true text.
 
 References that use no text: popularity, item-kNN, MF (the dot products of the very CF vectors that the encoders read), and on the toy
 world the Bayes-optimal oracle. Retention = HR@10 of the method / HR@10 of MF: how much of the CF signal survives the frozen LLM."""
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import time
 from contextlib import suppress
@@ -27,16 +29,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from assets.guard import Parser, a_seed, printable, reading, within, write_file
+from assets.guard import InputError, Parser, a_seed, printable, reading, run_script, within, write_file
+from assets.run import from_pretrained, pick_device, read_config
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, InputError, from_pretrained, load_dataset, pick_device, read_config, run_script
+from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
 from train_stage1 import evaluate_texts
 from train_stage2 import Examples, collate, load_stage1, pack
-
 
 # ---- Metrics: pure functions -----------------------------------------------------------------------------------------
 
@@ -70,11 +72,13 @@ def reference_scores(dataset, split):
     """Yield name, score function (list of users -> (B, I)) for each recommender that needs no LLM. Fitted on the training part alone."""
     I = len(dataset.items)
     users, places = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr)), np.arange(len(dataset.sequence))
-    pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, dataset.indptr[users + 1] - places > 2])  # the training part
-    count = torch.bincount(pairs[1], minlength=I).float()
-    yield "popularity", lambda batch: count.expand(len(batch), I).clone()
+    training = (dataset.indptr[users + 1] - places > 2) | (np.diff(dataset.indptr)[users] < 3)  # as for CF, see data.prepare
+    pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, training])
+    popularity = torch.bincount(pairs[1], minlength=I).float()
+    yield "popularity", lambda batch: popularity.expand(len(batch), I).clone()
 
     pairs = torch.unique(pairs, dim=1)  # a repeated purchase counts once
+    count = torch.bincount(pairs[1], minlength=I).float()
     matrix = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (len(dataset.users), I), check_invariants=True).coalesce()
     norm = torch.sqrt(count.clamp(min=1))[:, None]
 
@@ -155,7 +159,7 @@ def evaluate_text(model, examples, args, device):
             row = (batch["label"] >= 0).nonzero()[:, 0]
             for t, total, count in zip(chunk, torch.zeros(len(chunk)).double().index_add(0, row, nll), row.bincount()):
                 losses.setdefault(task, []).append((t["items"][0], total.item(), count.item()))
-        few = instances[::-(-len(instances) // 64)]
+        few = instances[::math.ceil(len(instances) / 64)]
         written[task] = list(zip(model.generate([examples.text(t)[0] for t in few], 32), (t["target"] for t in few)))
     mean = lambda rows: sum(r[1] for r in rows) / max(1, sum(r[2] for r in rows))
     every, pairs = sum(losses.values(), []), sum(written.values(), [])
@@ -274,7 +278,7 @@ def show(results, args):
         plot(results, args.plot)
 
 
-def main():
+def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--run", nargs="+", help="run directories [all of out/toy; with --data data/NAME, of out/NAME]")
     p.add_argument("--data", help="prepared folder [the run's]")
@@ -297,7 +301,11 @@ def main():
     p.add_argument("--json", help="write the list of all results there")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument("--seed", type=a_seed, default=0, help="of nothing here: evaluation draws no random numbers but fixed ones [0]")
-    args = p.parse_args()
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     if args.table:
         with reading("--table", "give metrics.json or --json files of evaluate.py"):
             results = [json.loads(Path(f).read_text()) for f in args.table]
@@ -306,11 +314,11 @@ def main():
     runs = args.run or sorted(str(f.parent) for f in folder.glob("*/model.safetensors"))
     if not runs:
         raise InputError(f"no runs in {folder}; run train_stage1.py and train_stage2.py first, or name run directories with --run")
-    for run in runs:
-        read_config(run)
     device = pick_device(args.device)
     if args.recommend:
         return recommend((args.run or [str(folder / "ilm")])[0], args, device)
+    for run in runs:  # a mistake is said before the first evaluation, not after it
+        read_config(run)
     results = [evaluate_run(run, args, device) for run in runs]
     if args.json:
         write_file(Path(args.json), lambda f: f.write_text(json.dumps(results)))

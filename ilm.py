@@ -5,12 +5,11 @@
 
 Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2.py, judged by evaluate.py.
 
-    CF vector of an item or a user --(Q-Former or MLP)--> K states --(Linear)--> K soft tokens ---.
-    prompt: "History of user <u><u>: Amber Key <3><3>, Jade Road <8><8>. Next:" --(embedding)--> frozen LLM -> p(next token)
+    CF vector of an item or a user --(Q-Former or MLP)--> Q states --(Linear)--> Q soft tokens ---.
+    prompt: "So far: Amber Key <3><3>, Jade Road <8><8>. Next for user <u><u>" --(embedding)--> frozen LLM -> p(next token)
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder, and an item that occurs several times in a batch is encoded once."""
-import inspect
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,14 +20,14 @@ import torch.nn as nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as hf_logging
 
-from assets.guard import Parser, a_seed
+from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
-from data import (SOFT, InputError, autocast, check_fingerprint, extend, from_pretrained, item_names, load_dataset, load_weights,
-                  pick_device, precision, read_config, run_script)
+from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
+from data import SOFT, extend, item_names, load_dataset
 from qformer import MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
-SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th soft token of an entity (item i is i, user u is I + u)
+SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (item i is i, user u is I + u)
 
 
 # ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
@@ -36,17 +35,20 @@ SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * K + k is the k-th sof
 class Trie:
     """A prefix tree over token sequences in flat arrays: node n has children first[n] .. first[n] + count[n], reached by token[.].
 
-    renormalize: p is divided among a node's children, so an only child is certain and a name is decided as soon as its prefix is its
-    own: the tree ends there (item[n] >= 0). Otherwise every name keeps all its tokens. Names end with an end token, so that none is
-    the prefix of another."""
+        names  a b $ | a c $ | d e $      root -a-> . -b-> item 0       "d" alone decides for item 2: with renormalize, p is divided
+                                                 `-c-> item 1           among a node's children, an only child is certain, and the
+                                          `-d-> item 2                  tree ends where a name is decided (item[n] >= 0)
+
+    Otherwise every name keeps all its tokens. Names end with an end token ($), so that none is the prefix of another. paths[i]: the
+    tokens that lead to item i, and the nodes among whose children each is chosen."""
 
     def __init__(self, names, renormalize=True):
         if len(set(map(tuple, names))) < len(names):
             raise InputError("two items have names of equal tokens; raise --name-tokens or use --item-names random")
         order = sorted(range(len(names)), key=lambda i: names[i])
         first, count, token, item, self.paths = [0], [0], [-1], [-1], [()] * len(names)
-        queue = [(0, 0, len(order), [])]  # node, its range in the sorted names, the tokens that lead to it and the nodes that they leave
-        for node, start, end, path in queue:
+        queue = [(0, 0, len(order), [])]   # node, its range in the sorted names, its path
+        for node, start, end, path in queue:  # grows while it is read: breadth first
             depth = len(path)
             if end - start == 1 and (renormalize or depth == len(names[order[start]])):
                 item[node], self.paths[order[start]] = order[start], ([t for t, _ in path], [n for _, n in path])
@@ -58,7 +60,8 @@ class Trie:
                     stop += 1
                 queue.append((len(token), start, stop, [*path, (names[order[start]][depth], node)]))
                 token.append(names[order[start]][depth])
-                first.append(0), count.append(0), item.append(-1)
+                for array, value in ((first, 0), (count, 0), (item, -1)):
+                    array.append(value)
                 start = stop
             count[node] = len(token) - first[node]
         self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
@@ -99,10 +102,12 @@ def packed_attention(batch):
     """Who may see whom in packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands before it in its own branch,
     and the part of the trunk before its branch left:
 
-        key      u A B C | . : | . : | . :
-        trunk C  x x x x   . .   . .   . .
-        . : of 1 x x . .   x x   . .   . .       branch 1 left after A
-        . : of 2 x x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1"""
+        key      A B C | . u | . u | . u
+        trunk C  x x x   . .   . .   . .
+        . u of 1 x . .   x x   . .   . .       branch 1 left after A
+        . u of 2 x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1
+
+    (" . u " stands for the end of a prompt, as in "So far: A, B. Next for user u"; within a branch, too, no token sees the next.)"""
     branch, position, attach = batch["branch"], batch["position"], batch["attach"]
     L = branch.shape[1]
     earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
@@ -127,12 +132,12 @@ class ILM(nn.Module, Portable):
     """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users, then of
     whatever add() was given."""
 
-    def __init__(self, llm, tokenizer, encoder, num_soft, dataset, config):
+    def __init__(self, llm, tokenizer, encoder, num_queries, dataset, config):
         super().__init__()
         self.llm, self.tokenizer, self.encoder, self.config = llm, tokenizer, encoder, config
         self.seq2seq = llm.config.is_encoder_decoder
         self.train_llm = config["train_llm"]
-        self.K, self.num_items, self.dataset = num_soft, len(dataset.items), dataset
+        self.Q, self.num_items, self.dataset = num_queries, len(dataset.items), dataset
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
         self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
@@ -157,25 +162,6 @@ class ILM(nn.Module, Portable):
         if not self.train_llm:
             self.llm.eval()
         return self
-
-    @torch.no_grad()
-    def check_llm(self):
-        """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
-        self.logit_scale, self.cap = 1.0, getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
-        ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
-        embeddings = self.llm.get_input_embeddings()(ids)
-        if self.seq2seq:
-            hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
-            whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
-        elif "position_ids" not in inspect.signature(self.llm.base_model.forward).parameters:
-            raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
-        else:
-            hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
-        differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
-        if differ():
-            self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
-            if differ():
-                raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
 
     def autocast(self):
         """As for the scripts; T5's activations overflow fp16, so that it computes in fp32 where there is no bf16."""
@@ -208,7 +194,7 @@ class ILM(nn.Module, Portable):
     # -- prompts
 
     def prompt_ids(self, template, user=None, history=(), items=(), named=True):
-        """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * K + k.
+        """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * Q + q.
 
         {item:7}, {user:7} and {history:7,8} say themselves whom they mean, by index (an item from add() has no name). The text is
         tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
@@ -221,7 +207,7 @@ class ILM(nn.Module, Portable):
 
             def soft(entity):
                 entities.append(entity)
-                return SOFT * self.K if self.encoder is not None else ""
+                return SOFT * self.Q if self.encoder is not None else ""
 
             def mention(item, named=True):
                 return (self.names[item] if named and not tokens_only and item < self.num_items else "") + soft(item)
@@ -243,8 +229,8 @@ class ILM(nn.Module, Portable):
                 text = "".join(turn + " \n"[k % 2] for k, turn in enumerate(text))[:-1]
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
-                slots = iter([SOFT_BASE + e * self.K + k for e in entities for k in range(self.K)])
-                assert ids.count(self.soft_id) == self.K * len(entities), "the tokenizer lost a soft token"
+                slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])
+                assert ids.count(self.soft_id) == self.Q * len(entities), "the tokenizer lost a soft token"
                 ids = [next(slots) if i == self.soft_id else i for i in ids]
             if len(ids) + self.reserve <= self.context or not history and len(turns) < 3:
                 break
@@ -263,7 +249,7 @@ class ILM(nn.Module, Portable):
     # -- forward
 
     def soft_tokens(self, entities):
-        """Indices of items and users (N,) -> their soft tokens (N, K, hidden)."""
+        """Indices of items and users (N,) -> their soft tokens (N, Q, hidden)."""
         tokens = self.adapter(self.encoder.encode(self.cf[entities])) * self.soft_scale
         return tokens * 0 if self.zero_soft else tokens
 
@@ -274,8 +260,8 @@ class ILM(nn.Module, Portable):
         embeddings = self.llm.get_input_embeddings()(ids.masked_fill(is_soft, 0))
         if is_soft.any():
             slots = ids[is_soft] - SOFT_BASE
-            entities, inverse = torch.unique(slots // self.K, return_inverse=True)
-            tokens = self.soft_tokens(entities).flatten(0, 1).index_select(0, inverse * self.K + slots % self.K)
+            entities, inverse = torch.unique(slots // self.Q, return_inverse=True)
+            tokens = self.soft_tokens(entities).flatten(0, 1).index_select(0, inverse * self.Q + slots % self.Q)
             embeddings = embeddings.index_put((is_soft,), tokens.to(embeddings.dtype))
         return embeddings
 
@@ -348,7 +334,8 @@ class ILM(nn.Module, Portable):
         taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
         ids, sees, position = self.pad(prompts)
-        B, device, beams = len(ids), ids.device, beams or trie.num_items
+        B, device = len(ids), ids.device
+        beams = beams or trie.num_items
         if self.seq2seq:
             states, sees = self.encode_prompts(self.embed(ids), sees)
             path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
@@ -370,7 +357,8 @@ class ILM(nn.Module, Portable):
             done = (item >= 0) if taken is None else (item >= 0) & ~taken[user, item]
             found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
             kept, place = best_of_each(found[0], found[2], beams)
-            found, bar = [x[kept] for x in found], torch.full((B,), -torch.inf, device=device)
+            found = [x[kept] for x in found]
+            bar = torch.full((B,), -torch.inf, device=device)
             bar[found[0][place == beams - 1]] = found[2][place == beams - 1]
             alive = ((item < 0) & (score > bar[user])).nonzero()[:, 0]
             kept, place = best_of_each(user[alive], score[alive], beams)
@@ -386,7 +374,8 @@ class ILM(nn.Module, Portable):
             W, position = int(place.max()) + 1, position[:, :1] + 1
             sees = torch.cat([sees[parent], place[:, None] == torch.arange(W, device=device)], 1)   # (N, columns of the cache)
             mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=device)
-            mask[user, place], token = sees, torch.zeros(B, W, dtype=torch.long, device=device)
+            mask[user, place] = sees
+            token = torch.zeros(B, W, dtype=torch.long, device=device)
             token[user, place] = trie.token[node]
             embedded = self.embed(token)
             hidden, cache = self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)
@@ -421,14 +410,14 @@ class ILM(nn.Module, Portable):
 # ---- Building and loading --------------------------------------------------------------------------------------------
 
 def make_encoder(config, cf_dim, hidden):
-    """The item encoder of a method. Of your own: any module with a number `width` and encode(cf (N, E)) -> (N, K, width), a line here,
+    """The item encoder of a method. Of your own: any module with a number `width` and encode(cf (N, E)) -> (N, Q, width), a line here,
     and its name in METHODS of train_stage2.py."""
     if config["method"] == "text":
         return None
     if config["method"] == "mlp":
         return MLPEncoder(cf_dim, config["num_queries"], hidden)
     encoder = QFormer(QFormerConfig(**config["qformer"]))
-    encoder.freeze_text()
+    encoder.freeze_all_but_encode()
     return encoder
 
 

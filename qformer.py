@@ -111,7 +111,9 @@ class Layer(nn.Module):
         self.text_ffn = FeedForward(config.width, config.dropout)
 
     def forward(self, x, num_queries, cf_keys, mask, keep=None, pair=None):
-        x = self.self_attention(x[:, :keep], x, mask if mask is None else mask[..., :keep, :])
+        if mask is not None:
+            mask = mask[..., :keep, :]
+        x = self.self_attention(x[:, :keep], x, mask)
         queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
         if pair is not None:
             queries, text = queries.index_select(0, pair), text.index_select(0, pair)  # [pair] has a backward that differs from run to run
@@ -195,8 +197,8 @@ class QFormer(nn.Module):
         """CF vectors of items or users (B, E) -> Q soft tokens each (B, Q, D). This is all that stage 2 uses."""
         return self(cf)[0]
 
-    def freeze_text(self):
-        """Stage 2 reads CF vectors alone: what encode() does not touch gets no gradient and is not shown as trainable."""
+    def freeze_all_but_encode(self):
+        """Stage 2 reads CF vectors alone: what encode() does not touch (text branch, heads, temperature) is frozen."""
         used = ("queries", "cf_keys", "norm", "self_attention", "cross_attention", "query_ffn")
         for name, parameter in self.named_parameters():
             parts = name.split(".")
@@ -225,15 +227,15 @@ class QFormer(nn.Module):
 # ---- The baseline in its place -----------------------------------------------------------------------------------------
 
 class MLPEncoder(nn.Module):
-    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, K * hidden); no text ever shaped it. (N, E) -> (N, K, hidden)."""
+    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, Q * hidden); no text ever shaped it. (N, E) -> (N, Q, hidden)."""
 
-    def __init__(self, cf_dim, num_soft, hidden):
+    def __init__(self, cf_dim, num_queries, hidden):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_soft * hidden))
-        self.num_soft, self.width = num_soft, hidden
+        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_queries * hidden))
+        self.num_queries, self.width = num_queries, hidden
 
     def encode(self, cf):
-        return self.net(cf).view(len(cf), self.num_soft, -1)
+        return self.net(cf).view(len(cf), self.num_queries, -1)
 
 
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------
@@ -305,8 +307,8 @@ def next_tokens(text_states, text_ids, text_mask):
 def ii_loss(similarity, scale, same):
     """Item-item contrastive: items that one user chose within a few steps find each other (the paper's new loss).
 
-    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start; if it stays there, the queries have
-    collapsed: look at the logged accuracy, chance is 1 / B."""
+    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start, and never far below it: a user's other items are
+    negatives too. The logged accuracy tells more: chance is 1 / B; if it stays there, the queries have collapsed."""
     logits = similarity * scale
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
 
@@ -357,13 +359,13 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
             "itg": itg_loss(model.lm_logits(written), targets) * share}
 
 
-def pair_loss(name, model, left_cf, right_cf, left, right, rows=slice(None)):
-    """ii or ui on B pairs: CF vectors (B, E) of both sides, and what tells their items (or users, or texts) apart, (B,) each.
+def pair_loss(name, model, left_cf, right_cf, left_key, right_key, rows=slice(None)):
+    """ii or ui on B pairs: CF vectors (B, E) of both sides, and keys (B,): equal for the same user, the same item, items of equal text.
 
     -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B)."""
-    same = (left[:, None] == left[None]) | (right[:, None] == right[None])                  # false negatives, see ii_loss
+    same = (left_key[:, None] == left_key[None]) | (right_key[:, None] == right_key[None])  # no negatives; a user's other items are
     if name == "ii":
-        same |= left[:, None] == right[None]
+        same |= left_key[:, None] == right_key[None]
     same = same.fill_diagonal_(False).to(left_cf.device)
     features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
     similarity = pair_similarity(*(gather(x, len(same)) for x in features))

@@ -10,29 +10,22 @@ Every step sums five losses, each explained where it is defined (qformer.py):
 Held-out items lend their CF vectors to ii and ui, and their texts to nothing. The best checkpoint has the lowest itc + itm + itg on
 the validation items. DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 
-The first part of this file is what both training scripts need: schedule, optimizer, run directory."""
-import inspect
-import json
+What both training scripts need stands first (flags, schedule, optimizer); what surrounds every run is in assets/run.py."""
 import math
-import os
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from assets.bert import init_from_bert
-from assets.guard import (InputError, Interrupted, Parser, a_seed, drop_previous, end_move, reading, run_script, signals, within,
-                          write_atomically, write_file)
-from data import autocast, fingerprint, from_pretrained, load_dataset, pick_device, precision
+from assets.guard import InputError, Parser, a_seed, reading, within
+from assets.run import (RunDirectory, autocast, check_step, distribute, fingerprint, from_pretrained, own_rows, precision, progress,
+                        run_training, say, start_processes, sum_over_processes)
+from data import load_dataset
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
 LOSSES = ("itc", "itm", "itg", "ii", "ui")
@@ -52,10 +45,10 @@ def add_training_args(p, out, steps, batch_size, lr, rows=1):
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
 
 
-def add_qformer_args(p, **defaults):
-    p.add_argument("--num-queries", type=within(int, 1, 1024), default=defaults["num_queries"], help="Q, soft tokens per item [4]")
-    p.add_argument("--layers", type=within(int, 1, 256), default=defaults["layers"], help="layers; cross-attention in every second [2]")
-    p.add_argument("--width", type=within(int, 1, 1 << 16), default=defaults["width"], help="Q-Former width D [128]")
+def add_qformer_args(p, num_queries=None, layers=None, width=None):
+    p.add_argument("--num-queries", type=within(int, 1, 1024), default=num_queries, help="Q, soft tokens per item [4]")
+    p.add_argument("--layers", type=within(int, 1, 256), default=layers, help="layers; cross-attention in every second [2]")
+    p.add_argument("--width", type=within(int, 1, 1 << 16), default=width, help="Q-Former width D [128]")
 
 
 def set_learning_rate(optimizer, step, steps, peak):
@@ -79,11 +72,10 @@ def clip_and_step(optimizer, scaler):
 
 
 def make_optimizer(model, lr, weight_decay=0.05):
-    """AdamW with BLIP-2's betas and decay; norms, biases, temperature and learned queries do not decay."""
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decays = lambda n, p: p.ndim == 2
-    return torch.optim.AdamW([{"params": [p for n, p in trainable if decays(n, p)], "weight_decay": weight_decay},
-                              {"params": [p for n, p in trainable if not decays(n, p)], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.999))
+    """AdamW with BLIP-2's betas and decay. Matrices decay, word tables too; norms, biases, temperature and learned queries do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trainable if p.ndim == 2], "weight_decay": weight_decay},
+                              {"params": [p for p in trainable if p.ndim != 2], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.999))
 
 
 def print_parameters(model):
@@ -92,160 +84,6 @@ def print_parameters(model):
         total = sum(p.numel() for p in child.parameters())
         train = sum(p.numel() for p in child.parameters() if p.requires_grad)
         say(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable" + ("  (frozen)" if total and not train else ""))
-
-
-def check_finite(losses, step, norm=math.nan, scaler=None):
-    """In every step, before anything of it is saved: a loss that is not finite leaves no finite gradient. With fp16 an overflow of the
-    gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
-    losses = {} if math.isfinite(norm) else losses
-    values = {f"loss {name}": x.item() if torch.is_tensor(x) else x for name, x in losses.items()}
-    if scaler and not scaler.is_enabled():
-        values["the norm of the gradient"] = norm
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise InputError(f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr")
-
-
-class RunDirectory:
-    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl. The first checkpoint of a new
-    run takes the place of an older run's files all together; those stand in `previous` until the new run has finished."""
-
-    def __init__(self, args, config, tokenizer=None):
-        self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
-        self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
-        end_move(self.path, tidy=self.writes)
-        if args.resume:
-            if not (self.path / "state.pt").is_file():
-                raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
-            with reading(f"--resume: {self.path}", "run without --resume to start again"):
-                before = json.loads((self.path / "config.json").read_text())
-                self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-                self.start, self.best = self.state["step"], self.state["best"]
-                lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
-                lines = [x for x in lines if json.loads(x)["step"] < self.start]
-            if changed := [k for k in config if config[k] != before.get(k, config[k])]:
-                raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
-            if self.writes:
-                write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
-
-    def log(self, **row):
-        if self.writes:
-            with open(self.path / "log.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-
-    def restore(self, parameters, optimizer, scaler):
-        """Called right before the first step. From now on a first signal waits for stop_if_asked, a second one does not."""
-        if self.state:
-            with torch.no_grad(), reading(self.path / "state.pt", "run without --resume to start again"):
-                for name, parameter in parameters.items():
-                    parameter.copy_(self.state["weights"][name])
-                optimizer.load_state_dict(self.state["optimizer"])
-                scaler.load_state_dict(self.state["scaler"])
-        signals.gently = True
-
-    def save(self, step, parameters, optimizer, scaler, loss=None, targets=0):
-        """Called after each validation: the state always, the weights when they are the best so far. loss=None: the state alone."""
-        if better := loss is not None:
-            check_finite({"validation": loss}, step)
-            better, self.best = loss < self.best, min(loss, self.best)
-        weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
-        state = {"step": step, "best": self.best, "targets": targets, "weights": weights, "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict()}
-
-        def write(folder):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
-            if better:
-                write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
-            write_file(folder / "state.pt", lambda f: torch.save(state, f))
-
-        def write_all(folder):
-            (folder / "config.json").write_text(json.dumps(self.config, indent=1))
-            (folder / "log.jsonl").write_text("")
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder / "tokenizer")
-            write(folder)
-
-        if self.writes:
-            write(self.path) if self.begun else write_atomically(self.path, write_all, keep=True)
-            self.begun = True
-            if step == self.args.steps:
-                drop_previous(self.path)
-
-    def stop_if_asked(self, step, *state):
-        """After SIGINT or SIGTERM, to whichever process: all save and leave at the same step."""
-        if any(sum_over_processes(signals.came or 0)):
-            self.save(step, *state)
-            again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
-            raise Interrupted(signals.came or 15, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}")
-
-
-def progress(start, steps, what):
-    """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
-    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=process()[0] > 0 or None, leave=False)
-
-
-# ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
-# N processes make the run that one would make (dropout apart). A batch is drawn whole by each; each computes its own rows; gradients
-# are averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
-# contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
-
-def start_processes(args):
-    """-> device, rank, number of processes. A single process never touches the process group."""
-    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return device, 0, 1
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, *process()
-
-
-def process():
-    """-> rank, number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def own_rows(count):
-    """The rows of a batch of `count` that this process computes."""
-    rank, world = process()
-    return slice(rank * count // world, (rank + 1) * count // world)
-
-
-def sum_over_processes(*values):
-    """Numbers -> their sums over all processes."""
-    values = torch.tensor(values, dtype=torch.double)
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def distribute(module, world, **kwargs):
-    """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name depends on torch's version)."""
-    ddp = nn.parallel.DistributedDataParallel
-    flag = next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in inspect.signature(ddp).parameters)
-    return ddp(module, **{flag: False}, **kwargs) if world > 1 else module
-
-
-def say(text):
-    """Print by the first process alone, above the progress bar."""
-    if process()[0] == 0:
-        tqdm.write(text)
-
-
-def run_training(main):
-    """run_script; where another process of the run has died, one line says so and how to go on."""
-    try:
-        run_script(main)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-            raise
-        raise SystemExit(f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
-                         "go on with --resume") from None
 
 
 # ---- Batches: every one a function of (seed, step), so that a resumed run sees what an uninterrupted one would -------
@@ -320,9 +158,9 @@ class Objective(nn.Module):
         for name in ("ii", "ui"):
             if name in batch:
                 left, right = batch[name]
-                left_cf, kind = (dataset.user_cf[left], left) if name == "ui" else (dataset.item_cf[left], texts.group[left])
+                left_cf, left_key = (dataset.user_cf[left], left) if name == "ui" else (dataset.item_cf[left], texts.group[left])
                 losses[name], accuracy[f"{name}_accuracy"] = pair_loss(
-                    name, self.model, left_cf.to(device), dataset.item_cf[right].to(device), kind, texts.group[right],
+                    name, self.model, left_cf.to(device), dataset.item_cf[right].to(device), left_key, texts.group[right],
                     own_rows(len(left)))
         return {k: v for k, v in losses.items() if k in self.losses}, accuracy
 
@@ -371,7 +209,8 @@ def parse_args(argv=None):
 
 def draw_batch(train_items, pairs, args, world, rng):
     """What Objective.forward takes. A batch never holds an item (of texts) or a user (of UI) twice; every process draws the same."""
-    batch, whole = {}, lambda count: min(args.batch_size, count) // world * world
+    batch = {}
+    whole = lambda count: min(args.batch_size, count) // world * world
     if train_items is not None:
         batch["text"] = torch.tensor(np.sort(rng.choice(train_items, size=whole(len(train_items)), replace=False)))
     for name, draw, count in (("ii", pairs.ii, args.batch_size), ("ui", pairs.ui, whole(len(pairs.users)))):
@@ -393,6 +232,8 @@ def main():
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
     with_text = bool({"itc", "itm", "itg"} & set(args.losses))
+    if {"ii", "ui"} & set(args.losses) and not pairs.long:
+        raise InputError(f"{args.data}: no user has two training items (4 interactions), as ii and ui need; use --losses itc itm itg")
     if with_text and (len(train_items) < 2 or not valid_items):
         raise InputError(f"{args.data}: {len(train_items)} training and {len(valid_items)} validation items with a text; "
                          "item-text losses need 2 and 1; use --losses ii ui")
@@ -421,7 +262,7 @@ def main():
         # -- evaluate and save
         if (step % eval_every == 0 or step == args.steps) and rank == 0:
             held_out = evaluate_texts(model, dataset, texts, valid_items, device) if with_text else {}
-            total = sum(held_out[k] for k in ("itc", "itm", "itg") if k in args.losses) if with_text else -float(step)
+            total = sum(held_out[k] for k in ("itc", "itm", "itg") if k in args.losses) if with_text else -step  # without: the latest
             run.save(step, parameters, optimizer, scaler, total)
             run.log(step=step, **{f"valid_{k}": v for k, v in held_out.items()}, seconds=time.time() - began)
             say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))
@@ -438,13 +279,13 @@ def main():
         # -- step
         scaler.scale(sum(losses.values())).backward()
         norm = clip_and_step(optimizer, scaler)
-        check_finite(losses, step, norm, scaler)
+        check_step(losses, step, norm, scaler)
         # -- log
         if step % 20 == 0:
             losses = dict(zip(losses, sum_over_processes(*(v.item() / world for v in losses.values()))))
             run.log(step=step, **losses, **{k: v.item() for k, v in accuracy.items()}, grad_norm=norm,
                     temperature=model.temperature.item(), lr=rate, scale=scaler.get_scale())
-    say(f"wrote {run.path}: best validation loss {run.best:.3f}, {time.time() - began:.0f} s")
+    say(f"wrote {run.path}: " + f"best validation loss {run.best:.3f}, " * with_text + f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
     python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
 
-The loss is the LLM's own: -log p(target tokens | prompt). It reaches the item encoder and the adapter through the frozen LLM, whose
-weights never change. DEVIATION: p of an item's name is divided among the names of the catalogue, token by token, exactly as when
-evaluate.py ranks it: nothing is spent on spelling, and a name ends where it is decided (--full-vocabulary: the paper's loss). Three
-kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
+The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION: where it is an item's name, p of each
+token is divided among the tokens that the catalogue allows there, exactly as when evaluate.py ranks: nothing is spent on spelling, and
+a name ends where it is decided (--full-vocabulary: the paper's loss). The gradient reaches item encoder and adapter through the frozen
+LLM, whose weights never change. Three kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from assets.guard import Parser, reading, within
-from data import (HISTORY, RANKING_TASKS, InputError, check_fingerprint, fingerprint, from_pretrained, load_dataset, load_prompts,
-                  load_weights, precision, read_config)
+from assets.guard import InputError, Parser, reading, within
+from assets.run import (RunDirectory, check_fingerprint, check_step, distribute, fingerprint, from_pretrained, load_weights, own_rows,
+                        precision, process, progress, read_config, run_training, say, start_processes, sum_over_processes)
+from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts
 from ilm import build_ilm
 from qformer import QFormer, QFormerConfig
-from train_stage1 import (LOCAL_ARGS, RunDirectory, Texts, add_qformer_args, add_training_args, check_finite, clip_and_step, distribute,
-                          make_optimizer, own_rows, print_parameters, process, progress, run_training, say, set_learning_rate,
-                          start_processes, sum_over_processes)
+from train_stage1 import (LOCAL_ARGS, Texts, add_qformer_args, add_training_args, clip_and_step, make_optimizer, print_parameters,
+                          set_learning_rate)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
@@ -41,10 +41,10 @@ METHODS = ("ilm", "ilm-rand", "mlp", "text")
 def pack(examples):
     """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
 
-        trunk     u A B C D          the longest prompt; a branch leaves it where its own prompt differs
-        branch 1    A | . Next: B    sees u A and itself
-        branch 2    A B | . Next: C  sees u A B and itself
-        branch 3    A B C | . Next: D
+        trunk     A B C              the longest history; a branch leaves it where its own prompt differs
+        branch 1  A | . Next for u: B        sees A and itself
+        branch 2  A B | . Next for u: C      sees A B and itself
+        branch 3  A B C | . Next for u: D
 
     Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
     one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
@@ -81,7 +81,7 @@ class Examples:
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
-        lines = load_prompts(*filter(None, [model.config.get("prompts")]))
+        lines = load_prompts(model.config.get("prompts"))
         self.templates = {(task, prompts): [t[2].replace("{dataset}", dataset.meta["name"]) for t in lines if t[:2] == (task, prompts)]
                           for task in RANKING_TASKS for prompts in ("seen", "unseen")}
         if not all(self.templates.values()):
@@ -120,7 +120,7 @@ class Examples:
         seeds, rows = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":
             pool = self.tasks["train"]
-            return collate([pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])
+            return collate([pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])  # a random number, as good as an index
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template = templates[rng.integers(len(templates))]
@@ -188,7 +188,7 @@ def load_stage1(run, dataset, device):
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     add_training_args(p, "ilm", steps=600, batch_size=16, lr=2e-3)
-    add_qformer_args(p, num_queries=None, layers=None, width=None)
+    add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
     p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
     p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
@@ -203,13 +203,13 @@ def parse_args(argv=None):
     p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
     p.add_argument("--valid-users", type=within(int, 1), default=128, help="users of each validation [128]")
     p.add_argument("--mix", type=within(float, 0), nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
-                   help="share of batches of each kind [.3 .5 .2]")
+                   help="share of batches of each kind (not of target tokens, over which a step's loss is the mean) [.3 .5 .2]")
     args = p.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
     args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
     if not sum(args.mix[:2]):
         raise InputError("--mix: the first two shares must not both be 0")
-    load_prompts(*filter(None, [args.prompts]))  # a mistake in it is said before the LLM is loaded
+    load_prompts(args.prompts)  # a mistake in it is said before the LLM is loaded
     return args
 
 
@@ -250,6 +250,8 @@ def main():
     held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
     shares[2] *= bool(examples.tasks["train"])
+    if not len(examples.users):
+        raise InputError(f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions")
     if not trainable:
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
         args.steps = 0
@@ -284,11 +286,12 @@ def main():
             with model.autocast(), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
                 total, nll = parallel(batch)
                 scaler.scale(total * world / targets).backward()
-            losses[str(kind)] = nll.detach().mean()
+            losses.setdefault(str(kind), []).append(nll.detach().mean())
+        losses = {kind: torch.stack(values).mean() for kind, values in losses.items()}
         seen_targets += int(targets)
         # -- step
         norm = clip_and_step(optimizer, scaler)
-        check_finite(losses, step, norm, scaler)
+        check_step(losses, step, norm, scaler)
         # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}

@@ -5,7 +5,8 @@ BERT_NAMES = (("bert.", ""), ("embeddings.word_embeddings", "words"), ("embeddin
               ("embeddings.LayerNorm", "norm"), ("encoder.layer", "layers"), ("attention.self", "self_attention"),
               ("attention.output.dense", "self_attention.out"), ("attention.output.LayerNorm", "self_attention.norm"),
               ("intermediate.dense", "text_ffn.up"), ("output.dense", "text_ffn.down"), ("output.LayerNorm", "text_ffn.norm"),
-              ("cls.predictions.transform.dense", "lm_transform"), ("cls.predictions.transform.LayerNorm", "lm_norm"))
+              ("cls.predictions.transform.dense", "lm_transform"), ("cls.predictions.transform.LayerNorm", "lm_norm"),
+              ("cls.predictions.bias", "lm_bias"))
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def init_from_bert(model, state):
         source = renamed.get(name.replace("query_ffn", "text_ffn"))
         if source is None:
             continue
-        rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight") else len(parameter)
+        rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight", "lm_bias") else len(parameter)
         if source[:rows].shape != parameter[:rows].shape:
             raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; set --width")
         parameter[:rows] = source[:rows]

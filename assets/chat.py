@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from assets.guard import CONTROL, InputError, printable
-from data import fold_in, load_prompts, standardise
+from data import HISTORY, fold_in, load_prompts, standardise
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -40,7 +40,7 @@ class Chat:
         self.memory = 9 if model.tokenizer.chat_template else 0  # training showed single questions: an LLM that never chatted gets confused
         ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
         self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
-        lines = load_prompts(*filter(None, [model.config.get("prompts")]))
+        lines = load_prompts(model.config.get("prompts"))
         self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace("{dataset}", model.dataset.meta["name"])
 
     # -- Who is meant
@@ -117,7 +117,7 @@ class Chat:
                          - self.model.num_items]
             template = self.template
         with torch.no_grad():
-            prompt = self.model.prompt_ids(template, *users[:1] or [None], had[-20:])
+            prompt = self.model.prompt_ids(template, *users[:1] or [None], had[-HISTORY:])
             found, = self.model.recommend([prompt], [had])
         for place, (item, log_p) in enumerate(found, 1):
             print(f"{place:3}  {log_p:7.2f}  {self.name(item)}")

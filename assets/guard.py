@@ -88,7 +88,7 @@ def reading(path, remedy):
     """Whatever goes wrong while a stranger's file is parsed is the file's fault: one line that names it."""
     try:
         yield
-    except InputError:
+    except (InputError, BrokenPipeError):  # the latter: `| head`
         raise
     except Exception as error:
         reason = (str(error).strip() or "unreadable").splitlines()[0][:200]

@@ -1,5 +1,5 @@
-"""What leaves the house: an ILM as a folder or a repository of the Hugging Face hub (huggingface_hub comes with transformers), and its
-soft tokens as an array. Neither the LLM nor the data go with it: config.json names them."""
+"""What an ILM and the rest of the world exchange. In: an LLM of any family, checked before it is believed. Out: a folder or a repository
+of the Hugging Face hub (huggingface_hub comes with transformers), which names LLM and data but holds neither; soft tokens as an array."""
 import inspect
 import json
 import time
@@ -11,7 +11,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
 from assets.guard import InputError
-from data import check_name
+from assets.run import check_name
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -32,15 +32,34 @@ print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=Fals
 
 class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "item-language-model", "arxiv:2406.02844"],
                model_card_template=MODEL_CARD):
-    """ILM.from_pretrained, save_pretrained, push_to_hub."""
+    """check_llm and export; ILM.from_pretrained, save_pretrained, push_to_hub."""
+
+    @torch.no_grad()
+    def check_llm(self):
+        """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
+        self.logit_scale, self.cap = 1.0, getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
+        ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
+        embeddings = self.llm.get_input_embeddings()(ids)
+        if self.seq2seq:
+            hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
+            whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
+        elif "position_ids" not in inspect.signature(self.llm.base_model.forward).parameters:
+            raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
+        else:
+            hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
+        differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
+        if differ():
+            self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
+            if differ():
+                raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
 
     @torch.no_grad()
     def export(self, path, chunk=4096):
-        """Write the soft tokens of all items, then all users, to a .npy file (I + U, K, hidden), float32; returns rows a second. No more
+        """Write the soft tokens of all items, then all users, to a .npy file (I + U, Q, hidden), float32; returns rows a second. No more
         than `chunk` of them are in memory at a time."""
         if self.encoder is None:
             raise InputError("a text-only run has no soft tokens to export")
-        began, shape = time.time(), (len(self.cf), self.K, self.hidden)
+        began, shape = time.time(), (len(self.cf), self.Q, self.hidden)
         with open(path, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):

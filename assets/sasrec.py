@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from train_stage2 import HISTORY
+from data import HISTORY
 
 
 class SASRec(nn.Module):

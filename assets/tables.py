@@ -7,9 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from assets.guard import InputError, printable
 from data import RANKING_TASKS
+from qformer import attention_pattern
 
 KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
@@ -53,16 +55,17 @@ def by_method(results, pick, label=""):
 def table(title, keys, methods, against="", values=None):
     """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
     difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
+    other = lambda name: methods.get(against + name[name.find(","):] * ("," in name))  # the same prompts or control of `against`
+    compared = {name: values and other(name) and other(name) is not found for name, found in methods.items()}
     if methods and keys:
         head = "".join(f"{printable(k):>9}" for k in keys)
-        print(f"\n{printable(title):34}{head}    s.e.  seeds" + (f"  p ({against})" if values else ""))
+        print(f"\n{printable(title):34}{head}    s.e.  seeds" + f"  p ({against})" * any(compared.values()))
     for name, found in methods.items() if keys else ():
         error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)
         error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
         line = f"  {printable(name):32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
-        other = methods.get(against + name[name.find(","):] * ("," in name))
-        if values and other and other is not found:
-            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other))):.3f}"
+        if compared[name]:
+            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other(name)))):.3f}"
         print(line)
 
 
@@ -114,15 +117,21 @@ def plot(results, folder):
                          "soft tokens: text log perplexity": queries(lambda r: r["text"]["log_ppl"])},
         "budget": {f"steps: valid. {kind}": curve(f"valid_{kind}", "(ilm|ilm-rand|mlp|text)") for kind in (*RANKING_TASKS, "text")},
         "stage1": {f"steps: valid. {loss}": curve(f"valid_{loss}", "(stage1[a-z-]*)") for loss in ("itc", "itg")}}
+    figures["attention"] = {f"{name} ({loss})": attention_pattern(name, 4, torch.ones(1, 6, dtype=torch.bool))[0, 0].float()
+                            for name, loss in (("separate", "ITC"), ("joint", "ITM"), ("causal", "ITG"))}
     images = next((r["stage1"]["alignment"] for r in results if "stage1" in r), {})
     figures["alignment"] = {f"items x their texts, {when} stage 1": image for when, image in images.items()}
     for name, panels in figures.items():
-        if all(panels.values()) and panels:
+        if all(map(len, panels.values())) and panels:
             fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), facecolor="white", squeeze=False)
             for ax, (title, found) in zip(axes[0], panels.items()):
                 ax.set_title(title, fontsize=9)
-                if name == "alignment":
-                    ax.imshow(found)
+                if name in ("alignment", "attention"):
+                    ax.imshow(found, **({"cmap": "Blues", "vmin": 0, "vmax": 1.3} if name == "attention" else {}))
+                if name == "attention":
+                    ax.set_xticks(range(10), [*"qqqqtttttt"], fontsize=8), ax.set_yticks(range(10), [*"qqqqtttttt"], fontsize=8)
+                    ax.set_xlabel("is seen (key)", fontsize=8), ax.set_ylabel("sees (query)", fontsize=8)
+                if not isinstance(found, dict):
                     continue
                 for label, seeds in sorted(found.items()):
                     x = sorted(seeds)

@@ -120,7 +120,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(chat, capsys, monkeypatch)
 
 def test_the_model_reads_the_whole_conversation_until_the_context_is_full(chat):
     chat.turns = ["Describe {item:2}.", "A western.", "And [of] {item:3}?", "A comedy."]
-    model, seen = chat.model, lambda ids: [(i - (1 << 24)) // model.K for i in ids if i >= 1 << 24][::model.K]
+    model, seen = chat.model, lambda ids: [(i - (1 << 24)) // model.Q for i in ids if i >= 1 << 24][::model.Q]
     ids = model.prompt_ids([*chat.turns, "Compare {item:2} and {item:4}."], named=False)
     assert seen(ids) == [2, 3, 2, 4] and model.tokenizer.decode([i for i in ids if i < 1 << 24]).count("\n") == 2
     model.context = len(ids) + 63

@@ -1,6 +1,5 @@
 import json
 import math
-import re
 import subprocess
 
 import numpy as np
@@ -158,20 +157,6 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
     assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
-
-
-def test_every_readme_command_parses(script):
-    """--help of each script, and every flag that a README command names."""
-    commands = re.findall(r"python (\w+\.py)([^\n`&|]*)", (ROOT / "README.md").read_text().replace("\\\n", " "))
-    assert len(commands) > 10
-    helps = {}
-    for name, rest in commands:
-        if name not in helps:
-            done = script(name, "--help")
-            assert done.returncode == 0, done.stderr
-            helps[name] = done.stdout
-        for flag in re.findall(r"--[a-z0-9-]+", rest.split("#")[0]):
-            assert flag in helps[name], f"{name} {flag}"
 
 
 def test_nothing_to_evaluate(tmp_path, script):

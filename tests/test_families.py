@@ -272,7 +272,7 @@ def test_the_llm_trains_fully_or_not_at_all_and_it_is_printed(make, tmp_path, ca
 def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make, monkeypatch):
     wanted = scores_of(make())
     for dtype in (torch.float16, torch.bfloat16):
-        for module in ("ilm", "data"):
+        for module in ("ilm", "assets.run"):
             monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
         model = make()
         assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

@@ -31,8 +31,8 @@ def test_soft_tokens_follow_the_names(make_ilm, method):
     model = make_ilm(method)
     ids = model.prompt_ids("{history} and {item} of {user}:", user=7, history=[3, 5], items=[4])
     slots = [i - SOFT_BASE for i in ids if i >= SOFT_BASE]
-    K = model.K if method != "text" else 0
-    assert slots == [e * model.K + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
+    K = model.Q if method != "text" else 0
+    assert slots == [e * model.Q + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
     words = model.tokenizer.decode([i for i in ids if i < SOFT_BASE])
     user = "user " if K else f"user {model.dataset.users[7]}"
     assert words == f"{model.names[3]}, {model.names[5]} and {model.names[4]} of {user}:"
@@ -42,14 +42,14 @@ def test_text_tasks_never_name_the_item(make_ilm):
     model = make_ilm()
     ids = model.prompt_ids("Describe {item}.", items=[4], named=False)
     assert model.tokenizer.decode([i for i in ids if i < SOFT_BASE]) == "Describe ."
-    assert sum(i >= SOFT_BASE for i in ids) == model.K
+    assert sum(i >= SOFT_BASE for i in ids) == model.Q
 
 
 def test_the_oldest_items_go_when_the_context_is_short(make_ilm):
     model = make_ilm()
     model.context = 64 + 40
     ids = model.prompt_ids(SEQUENTIAL, user=0, history=list(range(30)))
-    entities = [(i - SOFT_BASE) // model.K for i in ids if i >= SOFT_BASE][::model.K]
+    entities = [(i - SOFT_BASE) // model.Q for i in ids if i >= SOFT_BASE][::model.Q]
     assert len(ids) <= 40 and len(entities) > 3
     assert entities == [model.num_items, *range(30 - len(entities) + 1, 30)]
     with pytest.raises(data.InputError, match="do not fit"):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import train_stage1
+from assets.run import read_config
 
 
 def outcome(run):
@@ -104,7 +105,7 @@ def test_data_killed_at_every_change_of_a_file(script, work, tmp_path):
 
 def load(name, run):
     """The run as its readers find it -> its seed."""
-    config = data.read_config(run, "stage1" if "1" in name else "stage2")
+    config = read_config(run, "stage1" if "1" in name else "stage2")
     assert {f.name for f in run.iterdir()} >= {"config.json", "model.safetensors", "state.pt", "log.jsonl"}
     if "1" in name:
         assert (run / "tokenizer" / "tokenizer.json").is_file()

@@ -230,7 +230,7 @@ def test_init_from_bert_makes_the_text_branch_bert(batch):
 
 
 def test_stage_2_freezes_what_encode_does_not_touch(model, batch):
-    model.freeze_text()
+    model.freeze_all_but_encode()
     model.encode(batch[0]).pow(3).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

@@ -15,7 +15,7 @@ from test_interruption import one_line, outcome, tree
 import data
 import train_stage1
 import train_stage2
-from assets import guard, readers
+from assets import guard, readers, run
 from ilm import build_ilm
 
 # ---- Bad input: status 2, one line that names file, line and remedy, nothing changed ---------------------------------
@@ -422,6 +422,17 @@ def test_odd_input_goes_through_every_script(script, tmp_path):
     assert {"René 東京", "spaced id"} <= {*dataset.users} and len(dataset.eligible()) == 8
 
 
+def test_histories_too_short_to_train_on(script, tmp_path):
+    """Three interactions leave one training item: nothing to pair, nothing to predict from."""
+    rows = "".join(f"u{u},i{(u + t) % 9},{t}\n" for u in range(9) for t in range(3))
+    put(tmp_path, {"interactions.csv": "user,item,timestamp\n" + rows,
+                   "items.csv": "id,title,text\n" + "".join(f"i{i},Thing {i},a thing\n" for i in range(9))})
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    assert script("data.py", *"--dataset csv --source . --min-count 1 --cf-dim 4 --out x".split(), cwd=tmp_path).returncode == 0
+    one_line(script("train_stage1.py", *"--data x --out s1 --steps 1".split(), cwd=tmp_path), 2, "no user has two training items")
+    one_line(script("train_stage2.py", *"--data x --out s2 --steps 1 --method mlp".split(), cwd=tmp_path), 2, "4 interactions")
+
+
 @pytest.mark.parametrize("files, argv", [
     ({"u.data": "\ufeff" + LOG.replace("\n", "\r\n"), "u.item": ("\ufeff" + ITEMS.replace("Film 1", "Caf\xe9")).encode()}, []),
     ({"u.data": LOG.rstrip("\n") + "\n\n", "u.item": ITEMS.replace("Film 1", "Caf\xe9").encode("latin-1")}, []),
@@ -521,8 +532,8 @@ def test_binary_files_under_fuzz(work, tmp_path):
         (tmp_path / "toy" / file).write_bytes(mutated(rng, whole := (work / "data/toy" / file).read_bytes()))
         sums = meta["sha256"] | {file: hashlib.sha256((tmp_path / "toy" / file).read_bytes()).hexdigest()}
         (tmp_path / "toy/meta.json").write_text(json.dumps(meta | {"sha256": sums}))
-        for read in (lambda: readers.load_cf(tmp_path / "cf.npz", 6, 5), lambda: data.load_weights({}, tmp_path / "run/model.safetensors"),
-                     lambda: data.read_config(tmp_path / "run", "stage1"), lambda: data.load_dataset(tmp_path / "toy")):
+        for read in (lambda: readers.load_cf(tmp_path / "cf.npz", 6, 5), lambda: run.load_weights({}, tmp_path / "run/model.safetensors"),
+                     lambda: run.read_config(tmp_path / "run", "stage1"), lambda: data.load_dataset(tmp_path / "toy")):
             try:
                 read()
             except data.InputError:
@@ -582,12 +593,12 @@ def test_an_fp16_overflow_is_the_scalers_business():
     scaler.scale((weight * torch.inf).sum()).backward()
     norm = train_stage1.clip_and_step(optimizer, scaler)
     assert torch.equal(weight.data, torch.ones(3)) and scaler.get_scale() == 4.0
-    train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, norm, scaler)
+    run.check_step({"itc": torch.tensor(1.0)}, 7, norm, scaler)
     with pytest.raises(data.InputError, match="step 7: loss itc is inf"):
-        train_stage1.check_finite({"itc": torch.tensor(torch.inf)}, 7, norm, scaler)
+        run.check_step({"itc": torch.tensor(torch.inf)}, 7, norm, scaler)
     off = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(data.InputError, match="step 7: the norm of the gradient is nan"):
-        train_stage1.check_finite({"itc": torch.tensor(1.0)}, 7, float("nan"), off)
+        run.check_step({"itc": torch.tensor(1.0)}, 7, float("nan"), off)
 
 
 # ---- Leakage ---------------------------------------------------------------------------------------------------------

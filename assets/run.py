@@ -1,0 +1,257 @@
+"""What surrounds a run: device and precision, checkpoints and what they were trained on, the run directory, several processes. No
+method here; read it when you want to know how --resume, torchrun or a checkpoint's safety work."""
+import inspect
+import json
+import math
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from assets.guard import InputError, Interrupted, drop_previous, end_move, reading, run_script, signals, write_atomically, write_file
+
+# ---- Device and precision --------------------------------------------------------------------------------------------
+
+def pick_device(name=None):
+    with reading(f"--device {name}", "cpu always works"):
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+
+
+def precision(device):
+    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device):
+    dtype = precision(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ---- Checkpoints, ours and strangers' ---------------------------------------------------------------------
+
+def check_name(name, flag):
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
+        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+
+
+def from_pretrained(auto_class, name, flag, **kwargs):
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
+    check_name(name, flag)
+    with reading(f"{flag} {name}", "give the folder of a model that transformers can load without its own code"):
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+
+
+def load_weights(parameters, path):
+    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
+    with reading(path, "train again"):
+        tensors = load_file(path)
+    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
+    if wrong:
+        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+REQUIRED_KEYS = {"stage1": {"losses", "text_fraction"},
+                 "stage2": {"llm", "method", "num_queries", "train_llm", "item_names", "name_tokens", "prompt_items"}}
+
+
+def read_config(run, kind=None):
+    """config.json of a run directory of the given kind, stage1, stage2 or any. Ends a save that a kill has cut short."""
+    end_move(run)
+    path = Path(run) / "config.json"
+    if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
+        raise InputError(f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
+    with reading(path, "not what our training scripts write; train again"):
+        config = json.loads(path.read_text())
+        if kind not in (None, config["kind"]):
+            raise InputError(f"{run}: is a {config['kind']} run, expected {kind}")
+        if missing := ({"data", "seed", "steps", "lr", "qformer"} | REQUIRED_KEYS[config["kind"]]) - {*config}:
+            raise InputError(f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again")
+    return config
+
+
+def fingerprint(dataset):
+    """What a run's config.json keeps to know its data set again: sizes, and some CF numbers (equal up to rounding on other machines)."""
+    return [len(dataset.users), *dataset.item_cf.shape, *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+
+
+def check_fingerprint(config, dataset, run):
+    before, now = config.get("fingerprint"), fingerprint(dataset)
+    if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
+        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
+    return dataset
+
+
+# ---- The run directory of a training script ---------------------------------------------------------------------------
+
+def stop_unless_finite(values, step):
+    """{name: number}. One that is not finite ends the run before anything of the step is saved."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr")
+
+
+def check_step(losses, step, norm, scaler):
+    """A loss that is not finite leaves no finite gradient: one look at the gradient's norm is enough. With fp16 an overflow of the
+    gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
+    if not math.isfinite(norm):
+        stop_unless_finite({f"loss {name}": x.item() for name, x in losses.items()}, step)
+        if not scaler.is_enabled():
+            stop_unless_finite({"the norm of the gradient": norm}, step)
+
+
+class RunDirectory:
+    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl. The first checkpoint of a new
+    run takes the place of an older run's files all together; those stand in `previous` until the new run has finished.
+
+    log.jsonl has two kinds of lines: the losses of a training step, every 20 steps, and validations, whose keys begin with valid_."""
+
+    def __init__(self, args, config, tokenizer=None):
+        self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
+        self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
+        end_move(self.path, tidy=self.writes)
+        if args.resume:
+            if not (self.path / "state.pt").is_file():
+                raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
+            with reading(f"--resume: {self.path}", "run without --resume to start again"):
+                before = json.loads((self.path / "config.json").read_text())
+                self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+                self.start, self.best = self.state["step"], self.state["best"]
+                lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
+                lines = [x for x in lines if json.loads(x)["step"] < self.start]
+            if changed := [k for k in config if config[k] != before.get(k, config[k])]:
+                raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
+            if self.writes:
+                write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
+
+    def log(self, **row):
+        if self.writes:
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    def restore(self, parameters, optimizer, scaler):
+        """Called right before the first step. From now on a first signal waits for stop_if_asked, a second one does not."""
+        if self.state:
+            with torch.no_grad(), reading(self.path / "state.pt", "run without --resume to start again"):
+                for name, parameter in parameters.items():
+                    parameter.copy_(self.state["weights"][name])
+                optimizer.load_state_dict(self.state["optimizer"])
+                scaler.load_state_dict(self.state["scaler"])
+        signals.gently = True
+
+    def save(self, step, parameters, optimizer, scaler, loss=None, targets=0):
+        """Called after each validation: the state always, the weights when they are the best so far. loss=None: the state alone."""
+        better = False
+        if loss is not None:
+            stop_unless_finite({"loss validation": loss}, step)
+            better, self.best = loss < self.best, min(loss, self.best)
+        weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
+        state = {"step": step, "best": self.best, "targets": targets, "weights": weights, "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict()}
+
+        def write(folder):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
+            if better:
+                write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
+            write_file(folder / "state.pt", lambda f: torch.save(state, f))
+
+        def write_all(folder):
+            (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+            (folder / "log.jsonl").write_text("")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "tokenizer")
+            write(folder)
+
+        if self.writes:
+            write(self.path) if self.begun else write_atomically(self.path, write_all, keep=True)
+            self.begun = True
+            if step == self.args.steps:
+                drop_previous(self.path)
+
+    def stop_if_asked(self, step, *state):
+        """After SIGINT or SIGTERM, to whichever process: all save and leave at the same step."""
+        if any(sum_over_processes(signals.came or 0)):
+            self.save(step, *state)
+            again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
+            raise Interrupted(signals.came or 15, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}")
+
+
+def progress(start, steps, what):
+    """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
+    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=process()[0] > 0 or None, leave=False)
+
+
+# ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
+# N processes make the run that one would make (dropout apart). A batch is drawn whole by each; each computes its own rows; gradients
+# are averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
+# contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
+
+def start_processes(args):
+    """-> device, rank, number of processes. A single process never touches the process group."""
+    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return device, 0, 1
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, *process()
+
+
+def process():
+    """-> rank, number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_rows(count):
+    """The rows of a batch of `count` that this process computes."""
+    rank, world = process()
+    return slice(rank * count // world, (rank + 1) * count // world)
+
+
+def sum_over_processes(*values):
+    """Numbers -> their sums over all processes."""
+    values = torch.tensor(values, dtype=torch.double)
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def distribute(module, world, **kwargs):
+    """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name depends on torch's version)."""
+    ddp = nn.parallel.DistributedDataParallel
+    flag = next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in inspect.signature(ddp).parameters)
+    return ddp(module, **{flag: False}, **kwargs) if world > 1 else module
+
+
+def say(text):
+    """Print by the first process alone, above the progress bar."""
+    if process()[0] == 0:
+        tqdm.write(text)
+
+
+def run_training(main):
+    """run_script; where another process of the run has died, one line says so and how to go on."""
+    try:
+        run_script(main)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        raise SystemExit(f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
+                         "go on with --resume") from None
