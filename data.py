@@ -51,9 +51,9 @@ class Dataset:
     tasks: list            # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
-        """Item indices of one user in time order; `split` in train, valid, test leaves out that split's target and all after it."""
-        end = {None: 0, "train": 2, "valid": 2, "test": 1}[split]
-        return self.sequence[self.indptr[user]:self.indptr[user + 1] - end]
+        """Item indices of one user in time order, up to what is predicted: without the last two for train and valid, the last for test."""
+        begin, end = self.indptr[user], self.indptr[user + 1] - {None: 0, "train": 2, "valid": 2, "test": 1}[split]
+        return self.sequence[begin:max(begin, end)]
 
     def target(self, user, split):
         return int(self.sequence[self.indptr[user + 1] - {"valid": 2, "test": 1}[split]])
@@ -234,14 +234,16 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
         return [f"item_{1001 + k}" for k in [*order, *range(len(order), len(dataset.items))]]  # later items (extend) come last
     if style != "title":
         with reading(f"--item-names {style}", "give title, random or a file with lines `id name`"):
-            index = dict(line.split(maxsplit=1) for line in Path(style).read_text(encoding="utf-8").splitlines() if len(line.split()) > 1)
+            lines = Path(style).read_text(encoding="utf-8-sig").splitlines()
+            index = dict(line.split(maxsplit=1) for line in lines if len(line.split()) > 1)
         missing = [item["id"] for item in dataset.items if item["id"] not in index]
         if missing:
             raise InputError(f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`")
         return [("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip() for item in dataset.items]
     names, length = {}, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    special = re.compile("|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens])))  # an end token in a title would end its name
     for item in dataset.items:
-        title, count, suffix = item["title"].replace(SOFT, ""), 1, ""
+        title, count, suffix = special.sub("", item["title"]), 1, ""
         ids, name = tokenizer(" " + title, add_special_tokens=False)["input_ids"], title
         while not name or name in names or max_tokens and name == title and len(ids) > max_tokens:
             name = tokenizer.decode(ids[:max(1, max_tokens - length(suffix))]).strip() + suffix
@@ -392,7 +394,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.dataset != "toy" and not args.source:
         raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")
-    args.out = args.out or f"data/{Path(args.source).name if args.source else 'toy'}"
+    args.out = args.out or f"data/{Path(args.source).resolve().name if args.source else 'toy'}"
     return args
 
 

@@ -37,7 +37,7 @@ from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
-from train_stage1 import evaluate_texts
+from train_stage1 import TEXT_LOSSES, evaluate_texts
 from train_stage2 import Examples, collate, load_stage1, pack
 
 # ---- Metrics: pure functions -----------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def target_ranks(scores, targets):
 
 def ranking_metrics(ranks):
     """Ranks (U,) from 1 -> {"HR@5", "NDCG@5", "HR@10", "NDCG@10", "users", "se", "hits"}, se = standard error of each mean over users.
-    hits: a character a user, the rank as a hexadecimal digit, 0 if it is above 10. All metrics can be had from it again (per_user)."""
+    hits: a character a user, the rank as a hexadecimal digit, 0 if it is above 10: all metrics up to 10 can be had from it (per_user)."""
     hits = "".join(f"{int(r):x}" if r <= 10 else "0" for r in ranks)
     values = {key: per_user({"hits": hits}, key) for key in KEYS}
     return {**{key: float(v.mean()) for key, v in values.items()}, "users": len(hits),
@@ -135,7 +135,8 @@ def rank_users(model, examples, task, prompts, users, args, device):
 @torch.no_grad()
 def sentence_embeddings(encoder, tokenizer, texts):
     """Texts -> unit vectors (N, width): the mean of an encoder's last states over the tokens."""
-    ids, out = [tokenizer(text)["input_ids"] or [0] for text in texts], []
+    limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    ids, out = [tokenizer(text)["input_ids"][:limit] or [0] for text in texts], []
     for chunk in (ids[k:k + 64] for k in range(0, len(ids), 64)):
         mask = torch.tensor([[1] * len(row) + [0] * (max(map(len, chunk)) - len(row)) for row in chunk], device=encoder.device)
         padded = torch.tensor([row + [0] * (mask.shape[1] - len(row)) for row in chunk], device=encoder.device)
@@ -200,6 +201,17 @@ def alignment(model, config, dataset, texts, items, device):
     return {"before": similar(QFormer(model.config).to(device).eval()), "after": similar(model.eval())}
 
 
+def evaluate_stage1(run, config, dataset, args, device):
+    """Losses and retrieval on the items of the split that have a text; nothing where there are none (--losses ii ui needs no texts)."""
+    if not (items := dataset.items_in(args.split)):
+        return {}
+    model, texts, _ = load_stage1(run, dataset, device)
+    found = evaluate_texts(model, dataset, texts, items, device)
+    return {"stage1": {"item_to_text_R@1": found["R@1"], "R@5": found["R@5"], "chance@1": found["chance@1"],
+                       "held_out": {k: found[k] for k in TEXT_LOSSES},
+                       "alignment": alignment(model, config, dataset, texts, items, device)}}
+
+
 def evaluate_run(run, args, device):
     """One run directory -> the dict of metrics.json (forks read it: keys are only added)."""
     began, config = time.time(), read_config(run)
@@ -209,13 +221,8 @@ def evaluate_run(run, args, device):
            "filtered": not args.keep_history, "commit": commit(), "device": str(device), "steps": config["steps"], "lr": config["lr"],
            "num_queries": config.get("num_queries") or config["qformer"]["num_queries"], "curve": curve}
     if config["kind"] == "stage1":
-        dataset = load_dataset(data)
-        model, texts, _ = load_stage1(run, dataset, device)
-        items = dataset.items_in(args.split)
-        found = evaluate_texts(model, dataset, texts, items, device)
-        out |= {"method": "+".join(config["losses"]), "text_fraction": config["text_fraction"], "stage1": {
-            "item_to_text_R@1": found["R@1"], "R@5": found["R@5"], "chance@1": found["chance@1"],
-            "held_out": {k: found[k] for k in ("itc", "itm", "itg")}, "alignment": alignment(model, config, dataset, texts, items, device)}}
+        out |= {"method": "+".join(config["losses"]), "text_fraction": config["text_fraction"]}
+        out |= evaluate_stage1(run, config, load_dataset(data), args, device)
     else:
         model = load_ilm(run, device, data)
         dataset, users = model.dataset, test_users(model.dataset, args.max_users)
@@ -255,7 +262,9 @@ def recommend(run, args, device):
     model = load_ilm(run, device, args.data, args.new)
     dataset, examples = model.dataset, Examples(model, model.dataset)
     number, users = {name: u for u, name in enumerate(dataset.users)}, []
-    for line, name in enumerate(Path(args.recommend).read_text(encoding="utf-8").split("\n"), 1):
+    with reading(f"--recommend {args.recommend}", "give a file of UTF-8 text, a user id a line"):
+        names = Path(args.recommend).read_text(encoding="utf-8-sig").split("\n")
+    for line, name in enumerate(names, 1):
         if name.strip() and name.strip() not in number:
             raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}; users who came later need --new")
         users += [number[name.strip()]] if name.strip() else []

@@ -264,20 +264,21 @@ def contrastive(logits, same, label_smoothing=0.0):
 def itc_loss(similarity, scale, same, label_smoothing=0.1):
     """Item-text contrastive: an item finds its text among the batch's, and a text its item.
 
-    (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i]. About ln B at the start."""
+    (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i], with label smoothing; texts
+    that are the same are no negatives. About ln B at the start."""
     logits = similarity * scale
     return (contrastive(logits, same, label_smoothing) + contrastive(logits.T, same.T, label_smoothing)) / 2
 
 
-def hard_negatives(similarity, same, generator=None):
+def hard_negatives(logits, same, generator=None):
     """For ITM: a confusable wrong text for every item and a wrong item for every text, drawn by softmax of the ITC logits.
 
     (B, B) logits, same (B, B) -> two index tensors (B,). Duplicates are never drawn; a row that has nothing else draws itself."""
-    B = len(similarity)
+    B = len(logits)
     same = same | torch.eye(B, dtype=torch.bool, device=same.device)
     draws = []
-    for logits, taken in ((similarity, same), (similarity.T, same.T)):
-        weights = logits.detach().float().softmax(1).masked_fill(taken, 0) + 1e-4 * ~taken
+    for x, taken in ((logits, same), (logits.T, same.T)):
+        weights = x.detach().float().softmax(1).masked_fill(taken, 0) + 1e-4 * ~taken
         lonely = taken.all(1)
         weights[lonely] = torch.eye(B, device=weights.device)[lonely]
         draws.append(torch.multinomial(weights, 1, generator=generator)[:, 0])
@@ -287,7 +288,7 @@ def hard_negatives(similarity, same, generator=None):
 def itm_loss(logits, labels):
     """Item-text matching: is this pair real? logits (N, 2), labels (N,) 1 or 0 -> scalar.
 
-    N = 3B: true pairs, items with a wrong text, texts with a wrong item. At the start about .69; always answering "no" gives .64."""
+    N = 3B: true pairs, items with a wrong text, texts with a wrong item. At the start about .69; p = 1/3 for every pair gives .64."""
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -343,7 +344,7 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
     """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars.
 
     rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered."""
-    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
+    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)  # position 0 is [CLS] to compare or match, [DEC] to write
     # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
     queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
     features = gather(model.query_features(queries), len(cf)), gather(model.text_features(ids[rows], mask[rows]), len(cf))
@@ -363,8 +364,8 @@ def pair_loss(name, model, left_cf, right_cf, left_key, right_key, rows=slice(No
     """ii or ui on B pairs: CF vectors (B, E) of both sides, and keys (B,): equal for the same user, the same item, items of equal text.
 
     -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B)."""
-    same = (left_key[:, None] == left_key[None]) | (right_key[:, None] == right_key[None])  # no negatives; a user's other items are
-    if name == "ii":
+    same = (left_key[:, None] == left_key[None]) | (right_key[:, None] == right_key[None])  # equal partners are no negatives (other
+    if name == "ii":                                                                        # items of the same user are)
         same |= left_key[:, None] == right_key[None]
     same = same.fill_diagonal_(False).to(left_cf.device)
     features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)

@@ -7,7 +7,7 @@
 Every step sums five losses, each explained where it is defined (qformer.py):
     itc  item-text contrastive      itm  item-text matching      itg  item-grounded text generation      on items with training texts
     ii   item-item contrastive      ui   user-item contrastive                                            on all training interactions
-Held-out items lend their CF vectors to ii and ui, and their texts to nothing. The best checkpoint has the lowest itc + itm + itg on
+Held-out items lend their CF vectors to ii and ui, and their texts to no loss. The best checkpoint has the lowest itc + itm + itg on
 the validation items. DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 
 What both training scripts need stands first (flags, schedule, optimizer); what surrounds every run is in assets/run.py."""
@@ -28,7 +28,8 @@ from assets.run import (RunDirectory, autocast, check_step, distribute, fingerpr
 from data import load_dataset
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
-LOSSES = ("itc", "itm", "itg", "ii", "ui")
+TEXT_LOSSES, PAIR_LOSSES = ("itc", "itm", "itg"), ("ii", "ui")
+LOSSES = TEXT_LOSSES + PAIR_LOSSES
 LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # config.json leaves them out, or has them elsewhere
 
 # ---- Shared by both stages -------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def add_training_args(p, out, steps, batch_size, lr, rows=1):
     p.add_argument("--steps", type=within(int, 1), default=steps, help=f"optimizer steps [{steps}]")
     p.add_argument("--batch-size", type=within(int, rows), default=batch_size, help=f"[{batch_size}]")
     p.add_argument("--lr", type=within(float, 0, 100), default=lr, help=f"peak, after 5 %% of the steps; then cosine to a tenth [{lr}]")
-    p.add_argument("--eval-every", type=within(int, 0), default=0, help="steps between validations [a tenth of --steps]")
+    p.add_argument("--eval-every", type=within(int, 0), default=0, help="steps between validations [a tenth (stage 2: a sixth) of --steps]")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     p.add_argument("--seed", type=a_seed, default=0, help="[0]")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
@@ -155,7 +156,7 @@ class Objective(nn.Module):
             ids, mask, same = (t.to(device) for t in texts.batch(items))
             losses = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
                                       own_rows(len(items)))
-        for name in ("ii", "ui"):
+        for name in PAIR_LOSSES:
             if name in batch:
                 left, right = batch[name]
                 left_cf, left_key = (dataset.user_cf[left], left) if name == "ui" else (dataset.item_cf[left], texts.group[left])
@@ -231,8 +232,8 @@ def main():
     texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
-    with_text = bool({"itc", "itm", "itg"} & set(args.losses))
-    if {"ii", "ui"} & set(args.losses) and not pairs.long:
+    with_text = bool({*TEXT_LOSSES} & {*args.losses})
+    if {*PAIR_LOSSES} & {*args.losses} and not pairs.long:
         raise InputError(f"{args.data}: no user has two training items (4 interactions), as ii and ui need; use --losses itc itm itg")
     if with_text and (len(train_items) < 2 or not valid_items):
         raise InputError(f"{args.data}: {len(train_items)} training and {len(valid_items)} validation items with a text; "
@@ -251,7 +252,8 @@ def main():
     parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
-    objective = distribute(Objective(model, dataset, texts, args.losses), world, find_unused_parameters=not {*LOSSES[:3]} <= {*args.losses})
+    whole = {*TEXT_LOSSES} <= {*args.losses}  # else some parameters get no gradient
+    objective = distribute(Objective(model, dataset, texts, args.losses), world, find_unused_parameters=not whole)
     say(f"stage 1 on {args.data}: {len(train_items)} items with training texts, {len(valid_items)} to validate, losses "
         f"{' '.join(args.losses)}, {sum(p.numel() for p in model.parameters()):,} parameters, {world} x {device}, {precision(device)}")
     eval_every = args.eval_every or max(1, args.steps // 10)
@@ -262,7 +264,7 @@ def main():
         # -- evaluate and save
         if (step % eval_every == 0 or step == args.steps) and rank == 0:
             held_out = evaluate_texts(model, dataset, texts, valid_items, device) if with_text else {}
-            total = sum(held_out[k] for k in ("itc", "itm", "itg") if k in args.losses) if with_text else -step  # without: the latest
+            total = sum(held_out[k] for k in TEXT_LOSSES if k in args.losses) if with_text else -step  # without: the latest
             run.save(step, parameters, optimizer, scaler, total)
             run.log(step=step, **{f"valid_{k}": v for k, v in held_out.items()}, seconds=time.time() - began)
             say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in held_out.items()))

@@ -50,13 +50,13 @@ def pack(examples):
     one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
     Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
     (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
-    trunk = max((prompt for prompt, *_ in examples), key=len)
-    shared = []
+    longest = max((prompt for prompt, *_ in examples), key=len)
+    shared = []  # how many tokens of it each prompt begins with
     for prompt, *_ in examples:
-        n = next((k for k, (a, b) in enumerate(zip(prompt, trunk)) if a != b), len(prompt))
-        shared.append(min(n, len(prompt) - 1))
-    n = max(shared)
-    row = {"ids": trunk[:n], "position": list(range(n)), "branch": [0] * n, "attach": [0] * n, "label": [-100] * n, "node": [-1] * n}
+        common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
+        shared.append(min(common, len(prompt) - 1))
+    T = max(shared)
+    row = {"ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
     for number, ((prompt, target, *nodes), n) in enumerate(zip(examples, shared), 1):
         ids = prompt[n:] + target
         row["ids"] = row["ids"] + ids[:-1]

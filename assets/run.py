@@ -83,14 +83,17 @@ def read_config(run, kind=None):
 
 
 def fingerprint(dataset):
-    """What a run's config.json keeps to know its data set again: sizes, and some CF numbers (equal up to rounding on other machines)."""
-    return [len(dataset.users), *dataset.item_cf.shape, *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+    """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and some CF
+    numbers (equal up to rounding on other machines)."""
+    return [len(dataset.users), *dataset.item_cf.shape, *(sum(dataset.meta["held_out"][split]) for split in ("valid", "test")),
+            *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
 
 
 def check_fingerprint(config, dataset, run):
     before, now = config.get("fingerprint"), fingerprint(dataset)
     if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
-        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors; train again, or name the former")
+        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
+                         "again, or name the former")
     return dataset
 
 

@@ -56,7 +56,8 @@ def table(title, keys, methods, against="", values=None):
     """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
     difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
     other = lambda name: methods.get(against + name[name.find(","):] * ("," in name))  # the same prompts or control of `against`
-    compared = {name: values and other(name) and other(name) is not found for name, found in methods.items()}
+    compared = {name: values and other(name) and other(name) is not found and len({len(values(m)) for m in found + other(name)}) == 1
+                for name, found in methods.items()}  # the same users, or items
     if methods and keys:
         head = "".join(f"{printable(k):>9}" for k in keys)
         print(f"\n{printable(title):34}{head}    s.e.  seeds" + f"  p ({against})" * any(compared.values()))

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import EVALUATE, ROOT
 
 import data
 import evaluate
@@ -157,6 +157,14 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
     assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
+
+
+def test_other_held_out_items_are_refused(script, work, tmp_path):
+    """The same data prepared under another name holds out other items: those that a run was trained on would be called new."""
+    other = tmp_path / "other"
+    assert script("data.py", "--max-users", 60, "--cf-dim", 8, "--out", other, cwd=work).returncode == 0
+    done = script("evaluate.py", "--run", "train_stage2", "--data", other, *EVALUATE, cwd=work)
+    assert done.returncode == 2 and "other items" in done.stderr
 
 
 def test_nothing_to_evaluate(tmp_path, script):

@@ -44,7 +44,7 @@ def shop(run, tmp_path_factory):
     write_csv(folder / "shop/items.csv", [("id", "title", "kind"), *table])
     log = [(f"ann{u}", f"p{2 * i + u % 2}", t) for u in range(60) for t, i in enumerate(rng.permutation(25)[:10])]
     write_csv(folder / "shop/interactions.csv", [("user", "item", "timestamp"), *log])
-    (folder / "users.txt").write_text("ann3\nann8\n")
+    (folder / "users.txt").write_text("ann3\nann8\n", encoding="utf-8-sig")
     commands = re.search(r"```\n(python data\.py --dataset csv --source shop\n.*?)```", README, re.S)[1]
     out = [run(folder, *line.split("#")[0].split()[1:]) for line in commands.strip().splitlines()]
     assert len(out) == 4

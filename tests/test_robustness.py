@@ -402,7 +402,7 @@ ODD = {
         "short,i1,5,x\r\nshort,i8,6,x\r\nRené 東京,i2,1,x\r\n \"spaced id\" ,i3,1,x\r\nu1,unknown to the table,99,x\r\n".replace('"', ""),
     "items.csv": '\ufeffid,title,text,brand\r\ni0,Amélie,"a, quoted ""text""",B\r\ni1,,no title,B\r\ni2,Same,,\r\ni3,Same,,\r\n'
                  'i4,"two\nlines",x,B\r\ni5,日本語 映画 🎬,text,B\r\ni6,,,\r\ni7,"' + "long " * 400 + '",x,B\r\n'
-                 'i8,&<br>;{item};{history}<|soft|>,x,B\r\n'}
+                 'i8,&<br>;{item};{history}<|soft|><|end|>,x,B\r\n'}
 
 
 def test_odd_input_goes_through_every_script(script, tmp_path):
