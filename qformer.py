@@ -314,7 +314,7 @@ def ii_loss(similarity, scale, same):
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
 
 
-ui_loss = ii_loss  # user-item contrastive: row i is a user, column i an item of theirs
+ui_loss = ii_loss  # user-item contrastive, the same function: row i is a user, column i an item of theirs
 
 
 # ---- The losses of a batch, of which each process computes its own rows ------------------------------------------------
@@ -371,4 +371,4 @@ def pair_loss(name, model, left_cf, right_cf, left_key, right_key, rows=slice(No
     features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
     similarity = pair_similarity(*(gather(x, len(same)) for x in features))
     hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
-    return {"ii": ii_loss, "ui": ui_loss}[name](similarity, model.scale(), same), hit.float().mean()
+    return ii_loss(similarity, model.scale(), same), hit.float().mean()

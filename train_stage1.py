@@ -28,7 +28,8 @@ from assets.run import (RunDirectory, autocast, check_step, distribute, fingerpr
 from data import load_dataset
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
-TEXT_LOSSES, PAIR_LOSSES = ("itc", "itm", "itg"), ("ii", "ui")
+TEXT_LOSSES = ("itc", "itm", "itg")
+PAIR_LOSSES = ("ii", "ui")
 LOSSES = TEXT_LOSSES + PAIR_LOSSES
 LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")  # config.json leaves them out, or has them elsewhere
 
