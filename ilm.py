@@ -226,7 +226,7 @@ class ILM(nn.Module, Portable):
                 text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
                 text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
             else:
-                text = "".join(turn + " \n"[k % 2] for k, turn in enumerate(text))[:-1]
+                text = text[0] + "".join((" ", "\n")[k % 2] + turn for k, turn in enumerate(text[1:]))  # answers after a space
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])
@@ -326,6 +326,17 @@ class ILM(nn.Module, Portable):
         mask = pad([[1] * len(p) for p in prompts])
         return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
+    def read_side_by_side(self, token, user, place, sees, position, cache):
+        """One more token (N,) of each living prefix, in row `user`, column `place` (N,). sees (N, columns of the cache and the new ones):
+        what each may attend to. position (B, 1) of the new tokens. -> last hidden states (N, hidden); the cache grows."""
+        B, W = len(position), sees.shape[1] - cache.get_seq_length()
+        mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=token.device)
+        mask[user, place] = sees
+        ids = torch.zeros(B, W, dtype=torch.long, device=token.device)
+        ids[user, place] = token
+        embedded = self.embed(ids)
+        return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)[0][user, place]
+
     @torch.no_grad()
     def rank(self, prompts, trie, beams=0, taken=None):
         """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact.
@@ -370,16 +381,9 @@ class ILM(nn.Module, Portable):
                 path = torch.cat([path[parent], trie.token[node][:, None]], 1)
                 hidden = torch.cat([self.decode(p, states[u], sees[u])[:, -1] for p, u in zip(path.split(512), user.split(512))])
                 continue
-            # One more token of each, side by side: row = user, column = place
-            W, position = int(place.max()) + 1, position[:, :1] + 1
-            sees = torch.cat([sees[parent], place[:, None] == torch.arange(W, device=device)], 1)   # (N, columns of the cache)
-            mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=device)
-            mask[user, place] = sees
-            token = torch.zeros(B, W, dtype=torch.long, device=device)
-            token[user, place] = trie.token[node]
-            embedded = self.embed(token)
-            hidden, cache = self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)
-            hidden = hidden[user, place]
+            position = position + 1
+            sees = torch.cat([sees[parent], place[:, None] == torch.arange(int(place.max()) + 1, device=device)], 1)
+            hidden = self.read_side_by_side(trie.token[node], user, place, sees, position, cache)
         scores = torch.full((B, trie.num_items), -torch.inf, device=device)
         scores[found[0], found[1]] = found[2]
         return scores

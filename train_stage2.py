@@ -162,9 +162,11 @@ def held_out_losses(model, held_out, device):
                 values.append(nll)
                 continue
             row, column = (batch["label"] >= 0).nonzero(as_tuple=True)
-            log_p = torch.zeros(len(batch["ids"]), int(batch["branch"].max()) + 1, dtype=torch.double)
-            log_p.index_put_((row, batch["branch"][row, column]), -nll, accumulate=True)    # (B, branches): log p of each name
-            taken = (log_p.exp() * (log_p < 0)).sum(1) - log_p[:, 1].exp()
+            branch = batch["branch"][row, column]
+            log_p = torch.full((len(batch["ids"]), int(batch["branch"].max()) + 1), -torch.inf, dtype=torch.double)
+            log_p[row, branch] = 0.0
+            log_p.index_put_((row, branch), -nll, accumulate=True)                          # (B, branches): log p of each name
+            taken = log_p.exp().sum(1) - log_p[:, 1].exp()
             values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
         values = torch.cat(values)
         total, count = sum_over_processes(values.sum().item(), len(values))
