@@ -209,8 +209,8 @@ class ILM(nn.Module, Portable):
                 entities.append(entity)
                 return SOFT * self.Q if self.encoder is not None else ""
 
-            def mention(item, named=True):
-                return (self.names[item] if named and not tokens_only and item < self.num_items else "") + soft(item)
+            def mention(item, with_name=True):
+                return (self.names[item] if with_name and not tokens_only and item < self.num_items else "") + soft(item)
 
             def fill(match):
                 given = [int(i) for i in match[2].split(",")] if match[2] else None
