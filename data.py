@@ -102,7 +102,7 @@ def new_names(pairs, known, others):
     """Pairs (name, other name) -> {each name that is not known: known others, by number, that it meets}. known, others: {name: number}."""
     met = {name: [] for name, _ in pairs if name not in known}
     for name, other in pairs:
-        if name in met and other in others:
+        if name in met and other in others and others[other] not in met[name]:
             met[name].append(others[other])
     return met
 

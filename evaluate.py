@@ -202,10 +202,10 @@ def alignment(model, config, dataset, texts, items, device):
 
 
 def evaluate_stage1(run, config, dataset, args, device):
-    """Losses and retrieval on the items of the split that have a text; nothing where there are none (--losses ii ui needs no texts)."""
-    if not (items := dataset.items_in(args.split)):
-        return {}
+    """Losses and retrieval on the items of the split that have a text; nothing where there are none or the run learned none."""
     model, texts, _ = load_stage1(run, dataset, device)
+    if not (items := dataset.items_in(args.split)) or not {*TEXT_LOSSES} & {*config["losses"]}:
+        return {}
     found = evaluate_texts(model, dataset, texts, items, device)
     return {"stage1": {"item_to_text_R@1": found["R@1"], "R@5": found["R@5"], "chance@1": found["chance@1"],
                        "held_out": {k: found[k] for k in TEXT_LOSSES},
@@ -266,7 +266,8 @@ def recommend(run, args, device):
         names = Path(args.recommend).read_text(encoding="utf-8-sig").split("\n")
     for line, name in enumerate(names, 1):
         if name.strip() and name.strip() not in number:
-            raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}; users who came later need --new")
+            raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}; users who came later need --new, "
+                             "and a known item there")
         users += [number[name.strip()]] if name.strip() else []
     print("user\tplace\titem\ttitle\tlog_p")
     for chunk in (users[k:k + args.batch_size] for k in range(0, len(users), args.batch_size)):
@@ -310,7 +311,10 @@ def parse_args(argv=None):
     p.add_argument("--json", help="write the list of all results there")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument("--seed", type=a_seed, default=0, help="of nothing here: evaluation draws no random numbers but fixed ones [0]")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.new and not args.recommend:
+        raise InputError("--new goes with --recommend: users and items that came later have no test items")
+    return args
 
 
 def main():

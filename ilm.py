@@ -47,6 +47,7 @@ class Trie:
             raise InputError("two items have names of equal tokens; raise --name-tokens or use --item-names random")
         order = sorted(range(len(names)), key=lambda i: names[i])
         first, count, token, item, self.paths = [0], [0], [-1], [-1], [()] * len(names)
+        span = [(0, len(order))]           # which of the sorted names begin so
         queue = [(0, 0, len(order), [])]   # node, its range in the sorted names, its path
         for node, start, end, path in queue:  # grows while it is read: breadth first
             depth = len(path)
@@ -59,12 +60,12 @@ class Trie:
                 while stop < end and names[order[stop]][depth] == names[order[start]][depth]:
                     stop += 1
                 queue.append((len(token), start, stop, [*path, (names[order[start]][depth], node)]))
-                token.append(names[order[start]][depth])
-                for array, value in ((first, 0), (count, 0), (item, -1)):
+                for array, value in ((token, names[order[start]][depth]), (span, (start, stop)), (first, 0), (count, 0), (item, -1)):
                     array.append(value)
                 start = stop
             count[node] = len(token) - first[node]
         self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
+        self.span, self.order = torch.tensor(span), torch.tensor(order)
         self.num_items, self.renormalize = len(names), renormalize
 
     def children(self, node):
@@ -73,7 +74,8 @@ class Trie:
         return parent, (self.first[node] + count - count.cumsum(0))[parent] + torch.arange(len(parent), device=node.device)
 
     def to(self, device):
-        self.first, self.count, self.token, self.item = (x.to(device) for x in (self.first, self.count, self.token, self.item))
+        for name in ("first", "count", "token", "item", "span", "order"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
 
@@ -357,6 +359,8 @@ class ILM(nn.Module, Portable):
         hidden = hidden[:, -1]                                                                 # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
         found = user[:0], node[:0], score[:0]                                                  # finished names: user, item, score
+        free = torch.ones(B, trie.num_items, device=device) if taken is None else (~taken[:, trie.order]).float()
+        free = nn.functional.pad(free.cumsum(1), (1, 0))                                       # of the first n sorted names, (B, I+1)
         while len(node):
             # All continuations of all prefixes
             parent, child = trie.children(node)
@@ -364,14 +368,15 @@ class ILM(nn.Module, Portable):
             logit = self.head(hidden, allowed)[parent, column]
             total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
             user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
-            # The `beams` best finished names; a prefix that is not above the last of them can only lose, and is dead
+            # The `beams` best finished names. Dead is a prefix that is not above the last of them, or leads to nothing but taken items
             done = (item >= 0) if taken is None else (item >= 0) & ~taken[user, item]
             found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
             kept, place = best_of_each(found[0], found[2], beams)
             found = [x[kept] for x in found]
             bar = torch.full((B,), -torch.inf, device=device)
             bar[found[0][place == beams - 1]] = found[2][place == beams - 1]
-            alive = ((item < 0) & (score > bar[user])).nonzero()[:, 0]
+            begin, end = trie.span[child].T
+            alive = ((item < 0) & (score > bar[user]) & (free[user, end] > free[user, begin])).nonzero()[:, 0]
             kept, place = best_of_each(user[alive], score[alive], beams)
             alive = alive[kept]
             if not len(alive):

@@ -360,14 +360,13 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
             "itg": itg_loss(model.lm_logits(written), targets) * share}
 
 
-def pair_loss(name, model, left_cf, right_cf, left_key, right_key, rows=slice(None)):
-    """ii or ui on B pairs: CF vectors (B, E) of both sides, and keys (B,): equal for the same user, the same item, items of equal text.
+def pair_loss(model, left_cf, right_cf, left_key, right_key, rows=slice(None)):
+    """II or UI on B pairs: CF vectors (B, E) of both sides, and keys (B,): equal for the same user, the same item, items of equal text.
+    Sides with equal keys are no negatives of each other; other items of the same user are.
 
     -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B)."""
-    same = (left_key[:, None] == left_key[None]) | (right_key[:, None] == right_key[None])  # equal partners are no negatives (other
-    if name == "ii":                                                                        # items of the same user are)
-        same |= left_key[:, None] == right_key[None]
-    same = same.fill_diagonal_(False).to(left_cf.device)
+    keys = [(left_key, left_key), (right_key, right_key), (left_key, right_key)]
+    same = sum(a[:, None] == b[None] for a, b in keys).bool().fill_diagonal_(False).to(left_cf.device)
     features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
     similarity = pair_similarity(*(gather(x, len(same)) for x in features))
     hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)

@@ -157,13 +157,14 @@ class Objective(nn.Module):
             ids, mask, same = (t.to(device) for t in texts.batch(items))
             losses = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
                                       own_rows(len(items)))
+        item = lambda i: (dataset.item_cf[i].to(device), texts.group[i])
+        user = lambda u: (dataset.user_cf[u].to(device), -1 - u)  # keys that no item has
+        sides = {"ii": (item, item), "ui": (user, item)}
         for name in PAIR_LOSSES:
             if name in batch:
-                left, right = batch[name]
-                left_cf, left_key = (dataset.user_cf[left], left) if name == "ui" else (dataset.item_cf[left], texts.group[left])
-                losses[name], accuracy[f"{name}_accuracy"] = pair_loss(
-                    name, self.model, left_cf.to(device), dataset.item_cf[right].to(device), left_key, texts.group[right],
-                    own_rows(len(left)))
+                (left_cf, left_key), (right_cf, right_key) = (side(i) for side, i in zip(sides[name], batch[name]))
+                losses[name], accuracy[f"{name}_accuracy"] = pair_loss(self.model, left_cf, right_cf, left_key, right_key,
+                                                                       own_rows(len(left_cf)))
         return {k: v for k, v in losses.items() if k in self.losses}, accuracy
 
 

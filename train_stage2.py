@@ -249,9 +249,10 @@ def main():
     print_parameters(model)
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
-    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
     shares[2] *= bool(examples.tasks["train"])
+    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
+    held_out = {kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]}  # what is trained chooses the checkpoint
     if not len(examples.users):
         raise InputError(f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions")
     if not trainable:

@@ -83,15 +83,19 @@ def read_config(run, kind=None):
 
 
 def fingerprint(dataset):
-    """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and some CF
-    numbers (equal up to rounding on other machines)."""
+    """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and 16 CF
+    numbers each of items and users (equal up to rounding on other machines)."""
+    some = lambda cf: [round(x, 3) for x in cf.flatten()[::max(1, cf.numel() // 16)][:16].tolist()]
     return [len(dataset.users), *dataset.item_cf.shape, *(sum(dataset.meta["held_out"][split]) for split in ("valid", "test")),
-            *(round(x, 3) for x in dataset.item_cf[:4, :4].flatten().tolist())]
+            *some(dataset.item_cf), *some(dataset.user_cf)]
+
+
+def same_fingerprint(before, now):
+    return len(before) == len(now) and before[:5] == now[:5] and np.allclose(before[5:], now[5:], atol=0.1)
 
 
 def check_fingerprint(config, dataset, run):
-    before, now = config.get("fingerprint"), fingerprint(dataset)
-    if before is not None and (len(before) != len(now) or not np.allclose(before, now, atol=0.1)):
+    if "fingerprint" in config and not same_fingerprint(config["fingerprint"], fingerprint(dataset)):
         raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
                          "again, or name the former")
     return dataset
@@ -134,6 +138,8 @@ class RunDirectory:
                 self.start, self.best = self.state["step"], self.state["best"]
                 lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
                 lines = [x for x in lines if json.loads(x)["step"] < self.start]
+            if same_fingerprint(before.get("fingerprint", []), config["fingerprint"]):
+                before["fingerprint"] = config["fingerprint"]
             if changed := [k for k in config if config[k] != before.get(k, config[k])]:
                 raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
             if self.writes:
@@ -166,6 +172,7 @@ class RunDirectory:
 
         def write(folder):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
             if better:
+                (folder / "metrics.json").unlink(missing_ok=True)  # those of other weights
                 write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
             write_file(folder / "state.pt", lambda f: torch.save(state, f))
 

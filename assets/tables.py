@@ -44,11 +44,15 @@ def method_of(r):
 
 
 def by_method(results, pick, label=""):
-    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError."""
-    out = {}
+    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError. Runs of one name with other steps or
+    another learning rate are no seeds of each other: each gets a line of its own."""
+    settings, out = {}, {}
     for r in results:
+        settings.setdefault(method_of(r), set()).add((r.get("steps"), r.get("lr")))
+    for r in results:
+        name = (method_of(r) if len(settings[method_of(r)]) == 1 else Path(r["run"]).name) + label
         with suppress(KeyError):
-            out[method_of(r) + label] = out.get(method_of(r) + label, []) + [pick(r)]
+            out[name] = out.get(name, []) + [pick(r)]
     return out
 
 

@@ -106,7 +106,7 @@ def bench_stage1(args):
         def ours():
             losses = qformer.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
             for name, (left, right) in vectors.items():
-                losses[name], _ = qformer.pair_loss(name, model, left, right, label, label + B)
+                losses[name], _ = qformer.pair_loss(model, left, right, label, label + B)
             return losses
 
         theirs = lambda: blip2_losses(model, twin, cf, ids, mask, same, 1, {k: (*v, apart) for k, v in vectors.items()})

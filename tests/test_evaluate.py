@@ -159,6 +159,13 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").strip()
 
 
+def test_runs_of_other_settings_are_no_seeds_of_each_other():
+    runs = [{"run": f"out/toy/{name}", "steps": steps, "lr": 1e-3} for name, steps in (("ilm-s0", 200), ("ilm-s1", 200), ("mlp", 200))]
+    assert {k: len(v) for k, v in tables.by_method(runs, lambda r: r["steps"]).items()} == {"ilm": 2, "mlp": 1}
+    runs.append({"run": "out/toy/ilm", "steps": 600, "lr": 1e-3})
+    assert set(tables.by_method(runs, lambda r: r["steps"])) == {"ilm-s0", "ilm-s1", "ilm", "mlp"}
+
+
 def test_other_held_out_items_are_refused(script, work, tmp_path):
     """The same data prepared under another name holds out other items: those that a run was trained on would be called new."""
     other = tmp_path / "other"

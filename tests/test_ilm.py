@@ -245,6 +245,17 @@ def test_taken_items_are_not_found_and_cost_no_beam(tangled):
     torch.testing.assert_close(tangled.rank(prompts, trie, 0, taken).topk(10)[0], best[0], atol=1e-4, rtol=1e-4)
 
 
+def test_prefixes_of_taken_items_cost_no_beam(tangled):
+    """All is taken but what begins with the least likely first word: its ten best are found all the same."""
+    prompts, trie = prompts_of(tangled), tangled.trie()
+    exact, first = tangled.rank(prompts, trie), torch.tensor([hash(name.split()[0]) for name in tangled.names])
+    words = first.unique()
+    mass = torch.stack([exact[:, first == word].exp().sum(1) for word in words], 1)                 # (B, first words)
+    taken = first != words[mass.argmin(1)][:, None]
+    wanted, found = exact.masked_fill(taken, -torch.inf).topk(10), tangled.rank(prompts, trie, 10, taken).topk(10)
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-4)
+
+
 def test_batch_and_padding_do_not_change_scores(make_ilm):
     model = make_ilm()
     prompts, trie = prompts_of(model), model.trie()
