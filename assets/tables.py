@@ -124,7 +124,8 @@ def plot(results, folder):
         "stage1": {f"steps: valid. {loss}": curve(f"valid_{loss}", "(stage1[a-z-]*)") for loss in ("itc", "itg")}}
     figures["attention"] = {f"{name} ({loss})": attention_pattern(name, 4, torch.ones(1, 6, dtype=torch.bool))[0, 0].float()
                             for name, loss in (("separate", "ITC"), ("joint", "ITM"), ("causal", "ITG"))}
-    images = next((r["stage1"]["alignment"] for r in results if "stage1" in r), {})
+    aligned = max((r for r in results if "stage1" in r), key=lambda r: (r["text_fraction"], r["run"]), default=None)
+    images = aligned["stage1"]["alignment"] if aligned else {}
     figures["alignment"] = {f"items x their texts, {when} stage 1": image for when, image in images.items()}
     for name, panels in figures.items():
         if all(map(len, panels.values())) and panels:
