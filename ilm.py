@@ -173,7 +173,8 @@ class ILM(nn.Module, Portable):
     def match_scale(self):
         """Soft tokens start as loud as the LLM's own states half way up its layers (17 times the embeddings in the toy LLM): so the layers
         pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
-        A fixed factor, not larger weights: Adam's steps do not grow with the weights. Median: some tokens of large LLMs are very loud."""
+        DEVIATION: the paper names no scale. A fixed factor, not larger weights: Adam's steps do not grow with them. The median, because
+        some tokens of large LLMs are very loud."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
         reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states

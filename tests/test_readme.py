@@ -38,6 +38,12 @@ def test_every_function_stands_where_it_is_said_to():
         assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", (ROOT / file).read_text(), re.M), f"{file}: no {name}"
 
 
+def test_every_deviation_is_listed():
+    files = "data qformer ilm train_stage1 train_stage2 evaluate".split()
+    code = sum((ROOT / f"{name}.py").read_text().count("DEVIATION:") for name in files)
+    assert code == len(re.findall(r"^- `DEVIATION` ", TEXTS["README.md"], re.M)) > 5
+
+
 def test_every_command_parses():
     """By the script's own parser; of those that have none to import, every flag stands in --help."""
     parsers, helps, seen = {"data": data, "train_stage1": train_stage1, "train_stage2": train_stage2, "evaluate": evaluate}, {}, 0
