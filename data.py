@@ -169,6 +169,14 @@ def k_core(users, items, min_count):
     return keep
 
 
+def training_part(indptr):
+    """True at the interactions (nnz,) to train on: all but the last two of each user (last = test, last but one = valid). Users with
+    fewer than 3 have no targets and lend all they have."""
+    lengths = np.diff(indptr)
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    return (indptr[users + 1] - np.arange(len(users)) > 2) | (lengths[users] < 3)
+
+
 # ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
 
 def length_batches(rows, columns, num_rows, pad, budget=1 << 15):
@@ -354,8 +362,7 @@ def prepare(args):
     indptr = np.concatenate([[0], np.bincount(users, minlength=U).cumsum()])
     lengths = np.diff(indptr)
     print(f"{args.dataset}: {U:,} users, {I:,} items, {len(users):,} interactions")
-    # Last = test, last but one = valid. Users with fewer than 3 interactions have no targets and lend all they have to CF.
-    train = (indptr[users + 1] - np.arange(len(users)) > 2) | (lengths[users] < 3)
+    train = training_part(indptr)
     vectors = load_cf(args.cf, U, I) if args.cf else train_cf(users[train], items[train], U, I, args.cf_dim, seed=args.seed)
     catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids]
     if renamed := unique_titles(catalogue):

@@ -34,7 +34,7 @@ from assets.run import from_pretrained, pick_device, read_config
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, load_dataset
+from data import RANKING_TASKS, load_dataset, training_part
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
 from train_stage1 import TEXT_LOSSES, evaluate_texts
@@ -71,9 +71,8 @@ def targets_and_taken(dataset, users, split, keep_history):
 def reference_scores(dataset, split):
     """Yield name, score function (list of users -> (B, I)) for each recommender that needs no LLM. Fitted on the training part alone."""
     I = len(dataset.items)
-    users, places = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr)), np.arange(len(dataset.sequence))
-    training = (dataset.indptr[users + 1] - places > 2) | (np.diff(dataset.indptr)[users] < 3)  # as for CF, see data.prepare
-    pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, training])
+    users = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr))
+    pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, training_part(dataset.indptr)])
     popularity = torch.bincount(pairs[1], minlength=I).float()
     yield "popularity", lambda batch: popularity.expand(len(batch), I).clone()
 
@@ -121,14 +120,13 @@ def references(dataset, users, split, keep_history, with_sasrec=False):
 def rank_users(model, examples, task, prompts, users, args, device):
     """Test ranks of users (U,) for a ranking task with the seen or unseen prompts."""
     dataset, trie, ranks = model.dataset, model.trie(not args.full_vocabulary), []
-    beams = args.beams if args.beams is not None else 0 if len(dataset.items) <= 1000 else 20
     templates = examples.templates[task, prompts]
     for start in tqdm(range(0, len(users), args.batch_size), desc=f"{task} {prompts}", disable=None, leave=False):
         batch = users[start:start + args.batch_size]
         ids = [examples.ranking(task, u, dataset.items_of(u, args.split), templates[int(u) % len(templates)]) for u in batch]
         targets, taken = (x.to(device) for x in targets_and_taken(dataset, batch, args.split, args.keep_history))
         with model.autocast():
-            ranks.append(target_ranks(model.rank(ids, trie, beams, taken), targets).cpu())
+            ranks.append(target_ranks(model.rank(ids, trie, args.beams, taken), targets).cpu())
     return torch.cat(ranks)
 
 

@@ -341,15 +341,16 @@ class ILM(nn.Module, Portable):
         return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)[0][user, place]
 
     @torch.no_grad()
-    def rank(self, prompts, trie, beams=0, taken=None):
-        """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact.
+    def rank(self, prompts, trie, beams=None, taken=None):
+        """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact;
+        None: exact up to 1,000 items, 20 beams above.
 
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
         taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
         ids, sees, position = self.pad(prompts)
         B, device = len(ids), ids.device
-        beams = beams or trie.num_items
+        beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
         if self.seq2seq:
             states, sees = self.encode_prompts(self.embed(ids), sees)
             path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
@@ -400,7 +401,7 @@ class ILM(nn.Module, Portable):
         for row, items in zip(mask, taken):
             row[list(items)] = True
         with self.autocast():
-            scores = self.rank(prompts, self.names_trie, 0 if self.num_items <= 1000 else max(20, k), mask.to(self.cf.device))
+            scores = self.rank(prompts, self.names_trie, None if k <= 20 else k, mask.to(self.cf.device))
         return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
 
     @torch.no_grad()

@@ -308,8 +308,8 @@ def next_tokens(text_states, text_ids, text_mask):
 def ii_loss(similarity, scale, same):
     """Item-item contrastive: items that one user chose within a few steps find each other (the paper's new loss).
 
-    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start, and never far below it: a user's other items are
-    negatives too. The logged accuracy tells more: chance is 1 / B; if it stays there, the queries have collapsed."""
+    (B, B) from pair_similarity -> scalar, both directions. About ln B at the start, and hardly less on the toy world: a user's other items
+    are negatives too. The logged accuracy tells more: chance is 1 / B; if it stays there, the queries have collapsed."""
     logits = similarity * scale
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
 

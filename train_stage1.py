@@ -254,8 +254,8 @@ def main():
     parameters, optimizer = dict(model.named_parameters()), make_optimizer(model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
-    whole = {*TEXT_LOSSES} <= {*args.losses}  # else some parameters get no gradient
-    objective = distribute(Objective(model, dataset, texts, args.losses), world, find_unused_parameters=not whole)
+    unused = not {*TEXT_LOSSES} <= {*args.losses}  # some parameters get no gradient
+    objective = distribute(Objective(model, dataset, texts, args.losses), world, find_unused_parameters=unused)
     say(f"stage 1 on {args.data}: {len(train_items)} items with training texts, {len(valid_items)} to validate, losses "
         f"{' '.join(args.losses)}, {sum(p.numel() for p in model.parameters()):,} parameters, {world} x {device}, {precision(device)}")
     eval_every = args.eval_every or max(1, args.steps // 10)

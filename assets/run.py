@@ -37,7 +37,7 @@ def autocast(device):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-# ---- Checkpoints, ours and strangers' ---------------------------------------------------------------------
+# ---- Checkpoints, ours and strangers' --------------------------------------------------------------------------------
 
 def check_name(name, flag):
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
@@ -95,7 +95,9 @@ def same_fingerprint(before, now):
 
 
 def check_fingerprint(config, dataset, run):
-    if "fingerprint" in config and not same_fingerprint(config["fingerprint"], fingerprint(dataset)):
+    with reading(f"{run}: fingerprint in config.json", "not what our training scripts write; train again"):
+        same = same_fingerprint(config.get("fingerprint", fingerprint(dataset)), fingerprint(dataset))
+    if not same:
         raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
                          "again, or name the former")
     return dataset
@@ -138,8 +140,8 @@ class RunDirectory:
                 self.start, self.best = self.state["step"], self.state["best"]
                 lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
                 lines = [x for x in lines if json.loads(x)["step"] < self.start]
-            if same_fingerprint(before.get("fingerprint", []), config["fingerprint"]):
-                before["fingerprint"] = config["fingerprint"]
+                if same_fingerprint(before["fingerprint"], config["fingerprint"]):
+                    before["fingerprint"] = config["fingerprint"]  # rounded elsewhere
             if changed := [k for k in config if config[k] != before.get(k, config[k])]:
                 raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
             if self.writes:
