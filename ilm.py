@@ -3,13 +3,11 @@
     python ilm.py --run out/toy/ilm "Describe {item:007}."              # one answer
     python ilm.py --run out/toy/ilm                                     # a conversation
 
-Pipeline: data.py -> qformer.py (stage 1) -> this model, trained by train_stage2.py, judged by evaluate.py.
-
-    CF vector of an item or a user --(Q-Former or MLP)--> Q states --(Linear)--> Q soft tokens ---.
+    CF vector of an item or a user --(Q-Former or MLP)--> Q states --(adapter)--> Q soft tokens --.
     prompt: "So far: Amber Key <3><3>, Jade Road <8><8>. Next for user <u><u>" --(embedding)--> frozen LLM -> p(next token)
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
-checkpoint you name, decoder-only or encoder-decoder, and an item that occurs several times in a batch is encoded once."""
+checkpoint you name, decoder-only or encoder-decoder."""
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +22,7 @@ from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
 from data import SOFT, extend, item_names, load_dataset
-from qformer import MLPEncoder, QFormer, QFormerConfig
+from qformer import MLPEncoder, QFormer, QFormerConfig, whiten_
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (item i is i, user u is I + u)
@@ -153,7 +151,8 @@ class ILM(nn.Module, Portable):
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
         if encoder is not None:
-            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else nn.Linear(encoder.width, self.hidden)
+            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else nn.Sequential(
+                nn.Linear(encoder.width, encoder.width).requires_grad_(False), nn.Linear(encoder.width, self.hidden))
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -171,16 +170,17 @@ class ILM(nn.Module, Portable):
 
     @torch.no_grad()
     def match_scale(self):
-        """Soft tokens start as loud as the LLM's own states half way up its layers (17 times the embeddings in the toy LLM): so the layers
-        pass on what they say instead of drowning it, and a prompt that ends with them can be answered from them (README, read-out).
-        DEVIATION: the paper names no scale. A fixed factor, not larger weights: Adam's steps do not grow with them. The median, because
-        some tokens of large LLMs are very loud."""
+        """What the adapter reads is whitened (whiten_). What it writes starts as loud as the LLM's own states half way up its layers (their
+        median, since some tokens of large LLMs are very loud): so the layers pass it on instead of drowning it, and a prompt that ends with
+        it can be answered from it (README, read-out). DEVIATION: the paper names no scale. Fixed from here on."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
         reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
         gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
+        if not isinstance(self.encoder, MLPEncoder):  # of many, some thousands of items and users will do
+            whiten_(self.adapter[0], self.encoder.eval().encode(self.cf[::len(self.cf) // 10000 + 1]).flatten(0, 1))
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     def shuffle_cf(self):

@@ -238,6 +238,19 @@ class MLPEncoder(nn.Module):
         return self.net(cf).view(len(cf), self.num_queries, -1)
 
 
+@torch.no_grad()
+def whiten_(linear, states):
+    """Set a square linear map so that states (N, D) come out of it with mean 0 and a covariance near the identity (ZCA).
+
+    DEVIATION: stage 2 has such a map, fixed, between Q-Former and adapter. Most of the variance of a Q-Former's soft tokens is which
+    query it is, and what they say of the item lies in few directions (6 effective ones of 128; an MLP's hidden layer has 28). Without
+    it the adapter learns the large directions first and the item last. The last summand: what hardly varies is not blown up."""
+    mean = states.mean(0)
+    variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
+    linear.weight.copy_(directions * (variance.clamp(min=0) + 0.01 * variance.max()).rsqrt() @ directions.T)
+    linear.bias.copy_(-linear.weight @ mean)
+
+
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------
 
 def item_text_similarity(query_features, text_features):

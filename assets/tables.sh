@@ -22,7 +22,7 @@ ml100k)
 beauty)
     llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
-    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 1500 ;;
+    [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 --bf16 ;;
 esac
 evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
 

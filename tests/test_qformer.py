@@ -234,3 +234,14 @@ def test_stage_2_freezes_what_encode_does_not_touch(model, batch):
     model.encode(batch[0]).pow(3).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_whitening_evens_out_what_varies_and_spares_what_hardly_does():
+    torch.manual_seed(0)
+    states = torch.randn(4000, 6) * torch.tensor([30.0, 10, 3, 3, 3, 1e-6]) @ torch.linalg.qr(torch.randn(6, 6))[0] + 5
+    linear = torch.nn.Linear(6, 6).requires_grad_(False)
+    qformer.whiten_(linear, states)
+    white = linear(states)
+    assert white.mean(0).abs().max() < 1e-4
+    variances = torch.linalg.eigvalsh(white.T @ white / len(white))  # v / (v + 9) of each v before
+    assert torch.allclose(variances, torch.tensor([0, 0.5, 0.5, 0.5, 0.917, 0.99]), atol=0.03)
