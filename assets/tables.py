@@ -106,17 +106,18 @@ def plot(results, folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
 
     def points(expression, values):
-        """{method: {x: values of its seeds}} from the runs whose name fits; values(run, match) -> [(x, y)]."""
+        """{method: {x: values of its seeds}} from the runs whose name fits; values(run) -> [(x, y)]."""
         found = {}
         for r in results:
             with suppress(KeyError):
                 if match := re.fullmatch(expression, method_of(r)):
-                    for x, y in values(r, match):
+                    for x, y in values(r):
                         found.setdefault(match[1], {}).setdefault(x, []).append(y)
         return found
 
-    queries = lambda pick: points(r"(ilm|mlp)-k(\d+)", lambda r, match: [(int(match[2]), pick(r))])
-    curve = lambda key, names: points(names, lambda r, _: [(row["step"], row[key]) for row in r["curve"][1:]])
+    queries = lambda pick: {name: found for name, found in points(r"(ilm|mlp)(?:-k\d+)?", lambda r: [(r["num_queries"], pick(r))]).items()
+                            if len(found) > 1}
+    curve = lambda key, names: points(names, lambda r: [(row["step"], row[key]) for row in r["curve"][1:]])
     figures = {
         "query_tokens": {"soft tokens: sequential HR@10": queries(lambda r: r["rec"]["sequential"]["seen"]["HR@10"]),
                          "soft tokens: text log perplexity": queries(lambda r: r["text"]["log_ppl"])},

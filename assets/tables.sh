@@ -97,8 +97,8 @@ for part in $parts; do
         for seed in 0 1 2; do for percent in 10 30 100; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
             if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "0.$percent"; fi > /dev/null
         done; done; done ;;
-    queries)  # the number of soft tokens, Q-Former against MLP
-        for seed in 0 1 2; do for k in 1 2 4 8 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
+    queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
+        for seed in 0 1 2; do for k in 1 2 8 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
     show) python evaluate.py --table "$results"/*.json ;;
     esac
 done
