@@ -247,7 +247,7 @@ def whiten_(linear, states):
     it the adapter learns the large directions first and the item last. The last summand: what hardly varies is not blown up."""
     mean = states.mean(0)
     variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-    linear.weight.copy_(directions * (variance.clamp(min=0) + 0.01 * variance.max()).rsqrt() @ directions.T)
+    linear.weight.copy_(directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T)
     linear.bias.copy_(-linear.weight @ mean)
 
 
