@@ -20,7 +20,7 @@ ml100k)
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
-    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 300 --batch-size 8 --name-tokens 8 --valid-users 500 --eval-every 75" evaluate="--batch-size 25 --max-users 2000 --max-texts 300"
+    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 250 --eval-every 100" evaluate="--batch-size 50 --max-users 2000 --max-texts 200"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 --bf16 ;;
 esac
@@ -55,6 +55,7 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
     [ "$name" = toy ] || rates="3e-3 1e-2"
+    if [ "$name" = beauty ]; then rates=$([ "$1" = mlp ] && echo 1e-2 || echo 3e-3); fi  # ML-100K's best, not searched again
     [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
