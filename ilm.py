@@ -170,9 +170,9 @@ class ILM(nn.Module, Portable):
 
     @torch.no_grad()
     def match_scale(self):
-        """What the adapter reads is whitened (whiten_). What it writes starts as loud as the LLM's own states half way up its layers (their
-        median, since some tokens of large LLMs are very loud): so the layers pass it on instead of drowning it, and a prompt that ends with
-        it can be answered from it (README, read-out). DEVIATION: the paper names no scale. Fixed from here on."""
+        """A Q-Former's adapter reads whitened states (whiten_). Soft tokens start as loud as the LLM's own states half way up its layers
+        (the median: some tokens of large LLMs are very loud), so that the layers pass them on instead of drowning them, and a prompt that
+        ends with them can be answered from them (README, read-out). DEVIATION: the paper names no scale. Both stay as set."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
         reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states

@@ -63,7 +63,7 @@ def table(title, keys, methods, against="", values=None):
     compared = {name: values and other(name) and other(name) is not found and len({len(values(m)) for m in found + other(name)}) == 1
                 for name, found in methods.items()}  # the same users, or items
     if methods and keys:
-        head = "".join(f"{printable(k):>9}" for k in keys)
+        head = "".join(f" {printable(k):>8}" for k in keys)
         print(f"\n{printable(title):34}{head}    s.e.  seeds" + f"  p ({against})" * any(compared.values()))
     for name, found in methods.items() if keys else ():
         error = standard_error([m[keys[-1]] for m in found]) if len(found) > 1 else found[0].get("se", {}).get(keys[-1], np.nan)

@@ -115,6 +115,7 @@ def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
         optimizer.step()
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.llm.named_parameters())
     assert not any(torch.equal(a, b) for a, b in zip(start, model.adapter[1].parameters()))
+    assert not any(p.requires_grad for p in model.adapter[0].parameters())  # the whitening stays as it began
 
 
 # -- packing
