@@ -268,11 +268,10 @@ class ILM(nn.Module, Portable):
             embeddings = embeddings.index_put((is_soft,), tokens.to(embeddings.dtype))
         return embeddings
 
-    def body(self, embeddings, attention_mask, position_ids, cache=None, use_cache=False):
-        """The LLM without its head -> last hidden states (B, L, hidden), cache."""
-        out = self.llm.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
-                                  past_key_values=cache, use_cache=use_cache)
-        return out.last_hidden_state, out.past_key_values
+    def body(self, embeddings, attention_mask, position_ids, cache=None):
+        """The LLM without its head -> last hidden states (B, L, hidden); a cache grows."""
+        return self.llm.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
+                                   use_cache=cache is not None, **{self.cache_name: cache}).last_hidden_state
 
     def encode_prompts(self, embeddings, mask):
         """An encoder-decoder LLM reads its prompts -> states (B, L, hidden), mask (B, L)."""
@@ -307,7 +306,7 @@ class ILM(nn.Module, Portable):
             hidden, label, node = self.decode_branches(batch)
         else:
             embeddings, wanted = self.embed(batch["ids"]), batch["label"] >= 0
-            hidden, _ = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
+            hidden = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
             hidden, label, node = hidden[wanted], batch["label"][wanted], batch["node"][wanted]
         logits = self.head(hidden)
         total, named = logits.logsumexp(1), (node >= 0).nonzero()[:, 0]
@@ -338,7 +337,7 @@ class ILM(nn.Module, Portable):
         ids = torch.zeros(B, W, dtype=torch.long, device=token.device)
         ids[user, place] = token
         embedded = self.embed(ids)
-        return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache, True)[0][user, place]
+        return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache)[user, place]
 
     @torch.no_grad()
     def rank(self, prompts, trie, beams=None, taken=None):
@@ -356,7 +355,7 @@ class ILM(nn.Module, Portable):
             path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
             hidden = self.decode(path, states, sees)
         else:
-            hidden, cache = self.body(self.embed(ids), sees, position, DynamicCache(), use_cache=True)
+            hidden = self.body(self.embed(ids), sees, position, cache := DynamicCache())
             position, sees = position[:, -1:], sees.bool()
         hidden = hidden[:, -1]                                                                 # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)

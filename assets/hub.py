@@ -39,14 +39,15 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
         """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
         self.logit_scale, self.cap = 1.0, getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
         ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
-        embeddings = self.llm.get_input_embeddings()(ids)
+        embeddings, takes = self.llm.get_input_embeddings()(ids), inspect.signature(self.llm.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers renamed it in 5.24
         if self.seq2seq:
             hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
             whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
-        elif "position_ids" not in inspect.signature(self.llm.base_model.forward).parameters:
+        elif "position_ids" not in takes:
             raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
         else:
-            hidden, whole = self.body(embeddings, None, None)[0], self.llm(input_ids=ids).logits.float()
+            hidden, whole = self.body(embeddings, None, None), self.llm(input_ids=ids).logits.float()
         differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
         if differ():
             self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
