@@ -402,6 +402,8 @@ def parse_args(argv=None):
     if args.dataset != "toy" and not args.source:
         raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")
     args.out = args.out or f"data/{Path(args.source).resolve().name if args.source else 'toy'}"
+    if args.source and Path(args.out).resolve() == Path(args.source).resolve():
+        raise InputError(f"--source {args.source}: the prepared folder would take its place; name another by --out")
     return args
 
 

@@ -1,6 +1,6 @@
 """Metrics, controls and tables: what a run is worth, beside what simpler things are worth.
 
-    python evaluate.py                                                    # all runs of out/toy, about 20 seconds
+    python evaluate.py                                                    # all runs of out/toy
     python evaluate.py --run out/toy/ilm out/toy/mlp --controls --sasrec --json results.json
     python evaluate.py --recommend users.txt                                  # the ten best items for each user id in the file
     python evaluate.py --table assets/results/toy/*.json --plot assets        # means over seeds and who differs; runs nothing
@@ -18,9 +18,7 @@ import argparse
 import hashlib
 import json
 import math
-import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from assets.guard import InputError, Parser, a_seed, printable, reading, run_script, within, write_file
-from assets.run import from_pretrained, pick_device, read_config
+from assets.run import commit, from_pretrained, pick_device, read_config
 from assets.sasrec import train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
@@ -216,7 +214,8 @@ def evaluate_run(run, args, device):
     data, log = args.data or config["data"], Path(run) / "log.jsonl"
     curve = [row for row in map(json.loads, log.read_text().split("\n")[:-1] if log.exists() else []) if any("valid" in k for k in row)]
     out = {"run": str(run), "kind": config["kind"], "dataset": data, "seed": config["seed"], "split": args.split,
-           "filtered": not args.keep_history, "commit": commit(), "device": str(device), "steps": config["steps"], "lr": config["lr"],
+           "filtered": not args.keep_history, "commit": commit(), "trained_by": config.get("commit"), "device": str(device),
+           "steps": config["steps"], "lr": config["lr"],
            "num_queries": config.get("num_queries") or config["qformer"]["num_queries"], "curve": curve}
     if config["kind"] == "stage1":
         out |= {"method": "+".join(config["losses"]), "text_fraction": config["text_fraction"]}
@@ -246,13 +245,6 @@ def test_users(dataset, limit):
     return np.sort(sorted(dataset.eligible(), key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest())[:limit or None])
 
 
-def commit():
-    """The git commit of this checkout, or None."""
-    with suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return found.stdout.strip() or None
-
-
 # ---- Recommendations for many users ------------------------------------------------------------------------------------
 
 def recommend(run, args, device):
@@ -264,8 +256,8 @@ def recommend(run, args, device):
         names = Path(args.recommend).read_text(encoding="utf-8-sig").split("\n")
     for line, name in enumerate(names, 1):
         if name.strip() and name.strip() not in number:
-            raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}; users who came later need --new, "
-                             "and a known item there")
+            raise InputError(f"{args.recommend}, line {line}: no user {name.strip()!r} in {dataset.path}: left out by --min-count, "
+                             "or one who came later and needs --new, and a known item there")
         users += [number[name.strip()]] if name.strip() else []
     print("user\tplace\titem\ttitle\tlog_p")
     for chunk in (users[k:k + args.batch_size] for k in range(0, len(users), args.batch_size)):

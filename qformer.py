@@ -165,7 +165,7 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries, std=std)
-        # The CF vector has to be heard: with BERT's small weights it is 5 % of the soft tokens' variance at the start (4 layers), so 40 %.
+        # The CF vector has to be heard: of the soft tokens' first variance it is 5 % with BERT's small weights, 40 % with these.
         nn.init.normal_(self.cf_keys.linear.weight, std=config.cf_dim**-0.5)
         for cross in (layer.cross_attention for layer in self.layers if layer.cross_attention is not None):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
@@ -242,9 +242,9 @@ class MLPEncoder(nn.Module):
 def whiten_(linear, states):
     """Set a square linear map so that states (N, D) come out with mean 0 and, where they vary at all, with like variance (ZCA).
 
-    DEVIATION: stage 2 has such a map, fixed, between Q-Former and adapter. Most of what varies in a Q-Former's states is which query it
-    is, and the rest lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28). Without it the
-    adapter learns the large directions first and the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays
+    DEVIATION: stage 2 has such a map, fixed, between Q-Former and adapter. Half or more of what varies in a Q-Former's states is which
+    query it is, and the rest lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28). Without it
+    the adapter learns the large directions first and the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays
     small."""
     mean = states.mean(0)
     variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))

@@ -1,6 +1,6 @@
 """Stage 1: item-language representation learning. Teaches the Q-Former to say in text space what CF vectors know.
 
-    python train_stage1.py                                   # toy world, CPU: about 45 s
+    python train_stage1.py                                   # toy world, CPU: about a minute
     python train_stage1.py --losses itc itm itg              # the paper's ILM-IT; itc itm itg ii is ILM-IT-II, and so on
     python train_stage1.py --data data/ml-1m --init-bert bert-base-uncased-folder --width 768 --layers 8 --num-queries 8
 

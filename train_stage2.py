@@ -1,6 +1,6 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about 3 minutes
+    python train_stage2.py                                                 # ILM on the toy world, CPU: about 4 minutes
     python train_stage2.py --method mlp                                    # CoLLM's two-layer MLP in place of the Q-Former
     python train_stage2.py --method ilm-rand                               # a Q-Former that skipped stage 1
     python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
@@ -46,8 +46,8 @@ def pack(examples):
         branch 2  A B | . Next for u: C      sees A B and itself
         branch 3  A B C | . Next for u: D
 
-    Twenty prefixes of a history cost little more than the longest alone. A branch repeats its prompt's last token, since that is the
-    one that predicts the target. The loss is the same as that of the examples one by one (tests/test_ilm.py).
+    Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy world). A branch repeats its prompt's
+    last token, since that is the one that predicts the target. The loss is that of the examples one by one (tests/test_ilm.py).
     Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
     (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
     longest = max((prompt for prompt, *_ in examples), key=len)

@@ -5,8 +5,9 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,13 @@ def check_step(losses, step, norm, scaler):
             stop_unless_finite({"the norm of the gradient": norm}, step)
 
 
+def commit():
+    """The git commit of this checkout, or None."""
+    with suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip() or None
+
+
 class RunDirectory:
     """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl. The first checkpoint of a new
     run takes the place of an older run's files all together; those stand in `previous` until the new run has finished.
@@ -179,7 +187,7 @@ class RunDirectory:
             write_file(folder / "state.pt", lambda f: torch.save(state, f))
 
         def write_all(folder):
-            (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+            (folder / "config.json").write_text(json.dumps({**self.config, "commit": commit()}, indent=1))
             (folder / "log.jsonl").write_text("")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder / "tokenizer")

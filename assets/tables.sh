@@ -61,6 +61,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
         log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $tuning $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
         best=$(sed -n 's/.*best validation loss \([0-9.]*\).*/\1/p' "$runs/search.txt")
+        [ -n "$best" ] || { cat "$runs/search.txt" >&2; exit 1; }
         cat "$runs/search.txt" >> "$results/log.txt"
         printf '%s\t%s\t%s\n' "$1" "$lr" "$best" >> "$results/search.tsv"
     done

@@ -175,6 +175,7 @@ def test_a_changed_file_is_noticed(tmp_path):
     ({"interactions.csv": "user,item,timestamp\na,b,noon\n"}, ["--dataset", "csv", "--source", "."], "line 2: timestamp 'noon'"),
     ({"user_sequence.txt": "u 1 2 3\nv\n"}, ["--dataset", "openp5", "--source", "."], "user_sequence.txt, line 2"),
     ({}, ["--dataset", "csv"], "needs --source"),
+    ({"interactions.csv": "user,item,timestamp\na,b,1\n"}, ["--dataset", "csv", "--source", ".", "--out", "."], "name another by --out"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, script, files, argv, message):
     for name, text in files.items():
