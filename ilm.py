@@ -22,7 +22,7 @@ from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
 from data import SOFT, extend, item_names, load_dataset
-from qformer import MLPEncoder, QFormer, QFormerConfig, whiten_
+from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (item i is i, user u is I + u)
@@ -151,8 +151,7 @@ class ILM(nn.Module, Portable):
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
         if encoder is not None:
-            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else nn.Sequential(
-                nn.Linear(encoder.width, encoder.width).requires_grad_(False), nn.Linear(encoder.width, self.hidden))
+            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else Adapter(num_queries, encoder.width, self.hidden)
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -170,7 +169,7 @@ class ILM(nn.Module, Portable):
 
     @torch.no_grad()
     def match_scale(self):
-        """A Q-Former's adapter reads whitened states (whiten_). Soft tokens start as loud as the LLM's own states half way up its layers
+        """A Q-Former's adapter reads whitened states. Soft tokens start as loud as the LLM's own states half way up its layers
         (the median: some tokens of large LLMs are very loud), so that the layers pass them on instead of drowning them, and a prompt that
         ends with them can be answered from them (README, read-out). DEVIATION: the paper names no scale. Both stay as set."""
         ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
@@ -180,7 +179,7 @@ class ILM(nn.Module, Portable):
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         if not isinstance(self.encoder, MLPEncoder):  # of many, some thousands of items and users will do
-            whiten_(self.adapter[0], self.encoder.eval().encode(self.cf[::len(self.cf) // 10000 + 1]).flatten(0, 1))
+            self.adapter.whiten_(self.encoder.eval().encode(self.cf[::len(self.cf) // 10000 + 1]).flatten(0, 1))
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     def shuffle_cf(self):

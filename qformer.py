@@ -127,16 +127,16 @@ class CFKeys(nn.Module):
 
     An image gives BLIP-2's queries 257 patches to choose from. One CF vector as one key gives them no choice: softmax over a single
     key is 1, and cross-attention is a learned linear map added to every query alike. M projections give the queries something to
-    attend *between*."""
+    attend *between*. DEVIATION: no LayerNorm, as BLIP-2 has on its patches: it would take the length of the vector away, which says how
+    popular an item is and how active a user."""
 
     def __init__(self, config):
         super().__init__()
         self.linear = nn.Linear(config.cf_dim, config.cf_tokens * config.width)
-        self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.tokens = config.cf_tokens
 
     def forward(self, cf):
-        return self.norm(self.linear(cf).view(len(cf), self.tokens, -1))
+        return self.linear(cf).view(len(cf), self.tokens, -1)
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -238,18 +238,29 @@ class MLPEncoder(nn.Module):
         return self.net(cf).view(len(cf), self.num_queries, -1)
 
 
-@torch.no_grad()
-def whiten_(linear, states):
-    """Set a square linear map so that states (N, D) come out with mean 0 and, where they vary at all, with like variance (ZCA).
+class Adapter(nn.Module):
+    """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed, then a linear map. DEVIATION: BLIP-2's
+    map is the same for all queries; here each has its own, as each soft token of the MLP has, and none has to share 128 directions."""
 
-    DEVIATION: stage 2 has such a map, fixed, between Q-Former and adapter. Half or more of what varies in a Q-Former's states is which
-    query it is, and the rest lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28). Without it
-    the adapter learns the large directions first and the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays
-    small."""
-    mean = states.mean(0)
-    variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-    linear.weight.copy_(directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T)
-    linear.bias.copy_(-linear.weight @ mean)
+    def __init__(self, num_queries, width, hidden):
+        super().__init__()
+        self.whitening = nn.Linear(width, width).requires_grad_(False)
+        self.maps = nn.ModuleList(nn.Linear(width, hidden) for _ in range(num_queries))
+
+    def forward(self, states):
+        return torch.stack([to_llm(x) for to_llm, x in zip(self.maps, self.whitening(states).unbind(1))], 1)
+
+    @torch.no_grad()
+    def whiten_(self, states):
+        """From now on states (N, D) come out of `whitening` with mean 0 and, where they vary at all, with like variance (ZCA).
+
+        DEVIATION: half or more of what varies in a Q-Former's states is which query it is, and the rest lies in few directions
+        (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28). Without this the large directions are learnt first and
+        the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays small."""
+        mean = states.mean(0)
+        variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
+        self.whitening.weight.copy_(directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T)
+        self.whitening.bias.copy_(-self.whitening.weight @ mean)
 
 
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------

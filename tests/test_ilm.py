@@ -108,14 +108,14 @@ def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
     assert model.encoder.training and not any(m.training for m in model.llm.modules())
     examples = Examples(model, model.dataset)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    start = [p.clone() for p in model.adapter[1].parameters()]
+    start = [p.clone() for p in model.adapter.maps.parameters()]
     for step in range(2):
         total, nll = model(examples.batch("sequential", 2, np.random.default_rng(step)))
         (total / len(nll)).backward()
         optimizer.step()
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.llm.named_parameters())
-    assert not any(torch.equal(a, b) for a, b in zip(start, model.adapter[1].parameters()))
-    assert not any(p.requires_grad for p in model.adapter[0].parameters())  # the whitening stays as it began
+    assert not any(torch.equal(a, b) for a, b in zip(start, model.adapter.maps.parameters()))
+    assert not any(p.requires_grad for p in model.adapter.whitening.parameters())  # the whitening stays as it began
 
 
 # -- packing
