@@ -237,7 +237,7 @@ def test_stage_2_freezes_what_encode_does_not_touch(model, batch):
 
 
 def test_the_length_of_a_cf_vector_shows(model, batch):
-    """Popular items have long ones: a LayerNorm over the CF keys would hide it."""
+    """Popular items have long ones: a LayerNorm on the CF keys would hide it."""
     one, two = model.encode(batch[0]), model.encode(2 * batch[0])
     assert (one - two).abs().max() > 0.1
 
