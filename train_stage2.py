@@ -1,6 +1,6 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about 4 minutes
+    python train_stage2.py                                                 # ILM on the toy world, CPU: about a minute and a half
     python train_stage2.py --method mlp                                    # CoLLM's two-layer MLP in place of the Q-Former
     python train_stage2.py --method ilm-rand                               # a Q-Former that skipped stage 1
     python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
@@ -189,7 +189,7 @@ def load_stage1(run, dataset, device):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "ilm", steps=600, batch_size=16, lr=2e-3)
+    add_training_args(p, "ilm", steps=200, batch_size=16, lr=2e-3)
     add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
     p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
