@@ -16,7 +16,7 @@ import train_stage2
 from assets.tables import print_tables
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "assets/PERFORMANCE.md")}
-MADE_BY_USERS = "out/ data/ later/ shop/ previous/ tokenizer/ als/ mine/ openp5-ml100k/ ml-100k/".split()
+MADE_BY_USERS = "out/ data/ later/ shop/ previous/ tokenizer/ als/ mine/ openp5-ml100k/ openp5-beauty/ ml-100k/".split()
 
 
 @pytest.mark.parametrize("name", TEXTS)
