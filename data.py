@@ -11,14 +11,14 @@ prepares both, and the collaborative-filtering (CF) vectors that the item-langua
     sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order     last = test, last but one = valid
     cf.npz          user (U, E), item (I, E): implicit ALS on the training part       what interactions can tell
     tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
-    meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts
+    meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no loss sees their texts (MovieLens and
+                    Beauty: their titles are ranked all the same)
 
 Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole."""
 import hashlib
 import json
 import re
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ class Dataset:
 
 
 def standardise(x, known=None):
-    """Scale every column of x so that `known` (x itself) has mean 0 and variance 1, over the rows that CF has seen (not all zeros)."""
+    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its rows that CF has seen (not all zeros)."""
     known = x if known is None else known
     seen = known[known.abs().sum(1) > 0]
     return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6) if len(seen) > 1 else x
@@ -96,53 +96,6 @@ def load_dataset(path):
         if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
             raise ValueError("its files do not belong together, or have control characters")
         return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
-
-
-def new_names(pairs, known, others):
-    """Pairs (name, other name) -> {each name that is not known: known others, by number, that it meets}. known, others: {name: number}."""
-    met = {name: [] for name, _ in pairs if name not in known}
-    for name, other in pairs:
-        if name in met and other in others and others[other] not in met[name]:
-            met[name].append(others[other])
-    return met
-
-
-def fold_in_new(met, own, other, own_cf):
-    """Raw and standardised vectors (N, E) of one side, with a row more for each new name that meets known ones of the other side."""
-    vectors = torch.stack([fold_in(other, numbers) for numbers in met.values()]) if met else own[:0]
-    return torch.cat([own, vectors]), torch.cat([own_cf, standardise(vectors, own)])
-
-
-def extend(dataset, folder):
-    """The data set with the users and items that are new in folder/interactions.csv after its own (items.csv says what the items are), and
-    the histories of all. A new user is folded in from the known items they chose, a new item from the known users who chose it, and
-    who meets nothing known is left out with a note; the vectors of known ones stay as they are."""
-    if not (Path(folder) / "interactions.csv").is_file():
-        raise InputError(f"--new {folder}: no interactions.csv in it")
-    users, items, times = read_csv(folder)
-    table, pairs = {}, np.stack([users, items], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
-    for name in ("items.csv", "items.tsv", "items.jsonl"):
-        table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
-    number = lambda names: {name: k for k, name in enumerate(names)}
-    known_users, known_items = number(dataset.users), number(item["id"] for item in dataset.items)
-    new_users = new_names(pairs, known_users, known_items)
-    new_items = new_names([(item, user) for user, item in pairs], known_items, known_users)
-    lost = [name for met in (new_items, new_users) for name in met if not met[name]]
-    if lost:
-        print(f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}", file=sys.stderr)
-    new_users, new_items = ({name: numbers for name, numbers in met.items() if numbers} for met in (new_users, new_items))
-    raw_users, user_cf = fold_in_new(new_users, *dataset.raw_cf, dataset.user_cf)
-    raw_items, item_cf = fold_in_new(new_items, *dataset.raw_cf[::-1], dataset.item_cf)
-
-    catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in new_items)]
-    unique_titles(catalogue)
-    user_number, item_number = number([*dataset.users, *new_users]), number(item["id"] for item in catalogue)
-    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in new_users]
-    for user, item in pairs:  # what the file repeats counts once
-        if user in user_number and item in item_number and item_number[item] not in sequences[user_number[user]]:
-            sequences[user_number[user]].append(item_number[item])
-    return replace(dataset, items=catalogue, users=[*user_number], item_cf=item_cf, user_cf=user_cf, raw_cf=(raw_users, raw_items),
-                   indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------
@@ -269,8 +222,8 @@ def load_prompts(path=None):
         if line.strip() and not line.startswith("#"):
             fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", printable(line)).split(";")]
             ranking = fields[0] in RANKING_TASKS
-            if len(fields) != 4 or fields[1] not in ("seen", "unseen") or ranking and "{target}" not in fields[3]:
-                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`, a name to rank as {{target}}")
+            if len(fields) != 4 or fields[1] not in ("seen", "unseen")[:1 + ranking] or ranking and "{target}" not in fields[3]:
+                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target`; to rank: a {{target}}, to write: seen")
             if ranking:  # what OpenP5's targets have before the name belongs to the prompt
                 fields[2] = f"{fields[2]} {fields[3].partition('{target}')[0]}".strip()
             allowed = ("user", "history", "dataset") if ranking else ("item", "neighbour")

@@ -20,8 +20,9 @@ from transformers.utils import logging as hf_logging
 
 from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
+from assets.later import extend
 from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
-from data import SOFT, extend, item_names, load_dataset
+from data import SOFT, item_names, load_dataset
 from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
@@ -132,12 +133,12 @@ class ILM(nn.Module, Portable):
     """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users, then of
     whatever add() was given."""
 
-    def __init__(self, llm, tokenizer, encoder, num_queries, dataset, config):
+    def __init__(self, llm, tokenizer, encoder, dataset, config):
         super().__init__()
         self.llm, self.tokenizer, self.encoder, self.config = llm, tokenizer, encoder, config
         self.seq2seq = llm.config.is_encoder_decoder
         self.train_llm = config["train_llm"]
-        self.Q, self.num_items, self.dataset = num_queries, len(dataset.items), dataset
+        self.Q, self.num_items, self.dataset = config["num_queries"], len(dataset.items), dataset
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
         self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
@@ -151,7 +152,7 @@ class ILM(nn.Module, Portable):
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
         if encoder is not None:
-            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else Adapter(num_queries, encoder.width, self.hidden)
+            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else Adapter(self.Q, encoder.width, self.hidden)
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -183,7 +184,7 @@ class ILM(nn.Module, Portable):
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     def shuffle_cf(self):
-        """A control: every item gets the CF vector of another item, every user that of another user; the same for every seed."""
+        """A control: the CF vectors of all items are dealt out anew at random, and those of all users; the same for every seed."""
         random = np.random.default_rng(0)
         order = np.concatenate([random.permutation(self.num_items), self.num_items + random.permutation(len(self.cf) - self.num_items)])
         self.cf.copy_(self.cf[torch.from_numpy(order).to(self.cf.device)])
@@ -399,7 +400,7 @@ class ILM(nn.Module, Portable):
         for row, items in zip(mask, taken):
             row[list(items)] = True
         with self.autocast():
-            scores = self.rank(prompts, self.names_trie, None if k <= 20 else k, mask.to(self.cf.device))
+            scores = self.rank(prompts, self.names_trie, None if k <= 20 or self.num_items <= 1000 else k, mask.to(self.cf.device))
         return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
 
     @torch.no_grad()
@@ -440,14 +441,14 @@ def build_ilm(config, dataset, device):
     if tokenizer.eos_token_id is None or len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise InputError(f"--llm {config['llm']}: its tokenizer has no end token (eos_token in tokenizer_config.json) or is another LLM's")
     encoder = make_encoder(config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim)
-    model = ILM(llm, tokenizer, encoder, config["num_queries"], dataset, config).to(device)
+    model = ILM(llm, tokenizer, encoder, dataset, config).to(device)
     model.names_trie.to(device)
     return model
 
 
 def load_ilm(run, device, data=None, new=None, llm=None):
     """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of interactions.csv (and items.csv) with users and
-    items that came later; they get vectors by fold-in (data.extend) and can be ranked and asked about like all others."""
+    items that came later; they get vectors by fold-in (assets/later.py) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
     config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
     model = build_ilm(config, extend(dataset, new) if new else dataset, torch.device(device))

@@ -10,7 +10,7 @@ and user-item (UI) losses. A user is one more item: the same encoder reads user 
 
 Dimension letters, for the whole project:
     B batch   Q queries = soft tokens per item   T text tokens   M CF key tokens   D Q-Former width   E CF width
-    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users"""
+    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users   N any number of rows   S keys"""
 import math
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 class QFormerConfig:
     cf_dim: int              # E
     vocab_size: int          # V of the text branch
-    num_queries: int = 4     # Q. BLIP-2 has 32; the paper's curve is best at a few
+    num_queries: int = 4     # Q. BLIP-2 has 32; the paper's number is not known to us
     width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; here --width 768 --layers 8 --init-bert is the paper's setting
     layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
     heads: int = 0           # H; 0 stands for width // 32, or the next smaller number that divides the width
@@ -101,7 +101,7 @@ class Layer(nn.Module):
     """Shared self-attention; cross-attention to the CF keys for queries alone; a feed-forward for each kind.
 
     keep: return the first `keep` states alone (None: all). The others are still attended to, as keys and values.
-    pair (N,): which row of x each row of cf_keys goes with, where x has a row a text and cf_keys one for each of N pairs."""
+    pair (N,): x has a row for each text, cf_keys one for each of N (item, text) pairs; pair[n] is the text of pair n."""
 
     def __init__(self, config, cross):
         super().__init__()

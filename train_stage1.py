@@ -173,8 +173,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     """Held-out items -> {"itc", "itm", "itg", "R@1", "R@5", "chance@1"}. Retrieval: an item's text among the texts of all of them."""
     model.eval()
     sums, queries, words = {}, [], []
-    for start in range(0, len(items), chunk):
-        batch = torch.tensor(items[start:start + chunk])
+    for batch in torch.tensor(items).chunk(math.ceil(len(items) / chunk)):  # of like sizes: ITC depends on them
         ids, mask, same = (t.to(device) for t in texts.batch(batch))
         cf = dataset.item_cf[batch].to(device)
         losses = item_text_losses(model, cf, ids, mask, same, texts.dec, torch.Generator(device).manual_seed(0))
@@ -184,9 +183,9 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         words.append(model.text_features(ids, mask))
     words, hits = torch.cat(words), {1: 0, 5: 0}
     group = texts.group[torch.tensor(items)].to(device)
-    for start, q in zip(range(0, len(items), chunk), queries):
+    for q, own_group in zip(queries, group.split([*map(len, queries)])):
         similarity = item_text_similarity(q, words)                                         # (chunk, held-out items)
-        same = group[start:start + len(q), None] == group[None]
+        same = own_group[:, None] == group[None]
         own = similarity.masked_fill(~same, -2).amax(1, keepdim=True)                       # an equal text is a hit as well
         rank = 1 + ((similarity >= own) & ~same).sum(1)                                     # ties count against
         for k in hits:

@@ -59,7 +59,7 @@ def pack(examples):
     row = {"ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
     for number, ((prompt, target, *nodes), n) in enumerate(zip(examples, shared), 1):
         ids = prompt[n:] + target
-        row["ids"] = row["ids"] + ids[:-1]
+        row["ids"] += ids[:-1]
         row["position"] += range(n, n + len(ids) - 1)
         row["branch"] += [number] * (len(ids) - 1)
         row["attach"] += [n] * (len(ids) - 1)
@@ -138,12 +138,11 @@ class Examples:
                 history, target = self.dataset.items_of(u, split), self.dataset.target(u, split)
                 prompt = self.ranking(task, u, history, templates[k % len(templates)])
                 rows.append(pack([(prompt, *self.name(i)) for i in [target, *sorted(set(history[-50:]) - {target})]]))
-            out[task] = [collate(rows[k:k + size]) for k in range(0, len(rows), size)]
+            out[task] = rows
         pool = self.tasks[split]
-        rows = [pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
-        rows.sort(key=lambda row: len(row["ids"]))
-        out["text"] = [collate(rows[k:k + size]) for k in range(0, len(rows), size)]
-        return {kind: batches for kind, batches in out.items() if batches}
+        out["text"] = [pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
+        out["text"].sort(key=lambda row: len(row["ids"]))
+        return {kind: [collate(rows[k:k + size]) for k in range(0, len(rows), size)] for kind, rows in out.items() if rows}
 
 
 @torch.no_grad()
@@ -164,7 +163,7 @@ def held_out_losses(model, held_out, device):
             row, column = (batch["label"] >= 0).nonzero(as_tuple=True)
             branch = batch["branch"][row, column]
             log_p = torch.full((len(batch["ids"]), int(batch["branch"].max()) + 1), -torch.inf, dtype=torch.double)
-            log_p[row, branch] = 0.0
+            log_p[row, branch] = 0.0  # where there is a branch; to it each of its tokens is added
             log_p.index_put_((row, branch), -nll, accumulate=True)                          # (B, branches): log p of each name
             taken = log_p.exp().sum(1) - log_p[:, 1].exp()
             values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
@@ -286,8 +285,9 @@ def main():
         targets, = sum_over_processes(sum(int((batch["label"] >= 0).sum()) for batch in batches))
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
-            with model.autocast(), nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
-                total, nll = parallel(batch)
+            with nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
+                with model.autocast():
+                    total, nll = parallel(batch)
                 scaler.scale(total * world / targets).backward()
             losses.setdefault(str(kind), []).append(nll.detach().mean())
         losses = {kind: torch.stack(values).mean() for kind, values in losses.items()}

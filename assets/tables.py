@@ -1,7 +1,7 @@
 """What evaluate.py prints and draws of many runs: means over seeds, who differs, figures (matplotlib, which nothing else needs).
 
 Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
-one method (--against), by a bootstrap that draws users (text: items) and seeds."""
+one method (--against), by a bootstrap over users (text: items) and seeds; of two single runs it knows their users alone."""
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -28,14 +28,15 @@ def per_user(metrics, key):
 
 
 def bootstrap(a, b, draws=2000):
-    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users), users drawn in pairs."""
-    rng, U = np.random.default_rng(0), a.shape[1]
-    below, above = 0, 0
-    for _ in range(draws):
-        users = rng.integers(U, size=U)
-        means = [x[rng.integers(len(x), size=len(x))][:, users].mean() for x in (a, b)]
-        below, above = below + (means[0] <= means[1]), above + (means[0] >= means[1])
-    return min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
+    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users). Users are drawn in pairs, with
+    replacement. Seeds are too few for that (three of them drawn so would show 2/3 of their variance): what they add comes from Student's
+    t, with their pooled variance. One seed on either side: users alone."""
+    rng, U, free = np.random.default_rng(0), a.shape[1], len(a) + len(b) - 2
+    pooled = sum(((x.mean(1) - x.mean()) ** 2).sum() for x in (a, b)) / max(1, free)
+    difference = a.mean(0) - b.mean(0)
+    drawn = np.array([difference[rng.integers(U, size=U)].mean() for _ in range(draws)])
+    drawn += rng.standard_t(max(1, free), draws) * np.sqrt(pooled * (1 / len(a) + 1 / len(b)))
+    return min(1.0, 2 * (int(min((drawn <= 0).sum(), (drawn >= 0).sum())) + 1) / (draws + 1))
 
 
 def method_of(r):
@@ -44,11 +45,11 @@ def method_of(r):
 
 
 def by_method(results, pick, label=""):
-    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError. Runs of one name with other steps or
-    another learning rate are no seeds of each other: each gets a line of its own."""
+    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError. Runs of one name with other steps, learning
+    rate, split or treatment of the history are no seeds of each other: each gets a line of its own."""
     settings, out = {}, {}
     for r in results:
-        settings.setdefault(method_of(r), set()).add((r.get("steps"), r.get("lr")))
+        settings.setdefault(method_of(r), set()).add(tuple(r.get(key) for key in ("steps", "lr", "split", "filtered")))
     for r in results:
         name = (method_of(r) if len(settings[method_of(r)]) == 1 else Path(r["run"]).name) + label
         with suppress(KeyError):
@@ -71,6 +72,7 @@ def table(title, keys, methods, against="", values=None):
         line = f"  {printable(name):32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
         if compared[name]:
             line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other(name)))):.3f}"
+            line += " users" * (len(found) + len(other(name)) == 2)  # of the noise of training, two single runs tell nothing
         print(line)
 
 

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 name=$1 seeds=${SEEDS:-0 1 2 3 4} parts=${PARTS:-search main fractions queries show}
 results=assets/results/$name runs=out/$name
 mkdir -p "$results" "$runs"
-all="itc itm itg ii ui"
+all="itc itm itg ii ui" tuning=""
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept by the process: faster on CPU, same results
 log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1; echo "  took $((SECONDS - began)) s"; }
 
@@ -16,7 +16,7 @@ toy)
     llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
     [ -d data/toy ] || log python data.py ;;
 ml100k)
-    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 100" evaluate="--batch-size 25"
+    llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 100" evaluate="--batch-size 25" tuning="--steps 200"
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
@@ -54,12 +54,12 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
 
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
-    [ "$name" = toy ] || rates="3e-3 1e-2"
+    [ "$name" = toy ] || rates=$([ "$1" = mlp ] && echo 3e-3 1e-2 2e-2 || echo 1e-3 3e-3 1e-2)
     if [ "$name" = beauty ]; then rates=$([ "$1" = mlp ] && echo 1e-2 || echo 3e-3); fi  # ML-100K's best, not searched again
     [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
-        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
+        log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $tuning $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
         best=$(sed -n 's/.*best validation loss \([0-9.]*\).*/\1/p' "$runs/search.txt")
         [ -n "$best" ] || { cat "$runs/search.txt" >&2; exit 1; }
         cat "$runs/search.txt" >> "$results/log.txt"
@@ -78,7 +78,7 @@ run() {  # run METHOD SEED [evaluate flags]: train, evaluate, keep the JSON
     local tag=$1-s$2 lr
     [ -f "$results/$tag.json" ] && return
     lr=$(rate "$1")
-    if [ "$2" = 0 ] && [ -f "$runs/$1-lr$lr/model.safetensors" ]; then  # the search has made it
+    if [ "$2" = 0 ] && [ -z "$tuning" ] && [ -f "$runs/$1-lr$lr/model.safetensors" ]; then  # the search has made it
         rm -rf "${runs:?}/$tag" && cp -r "$runs/$1-lr$lr" "$runs/$tag"
     else
         log python train_stage2.py --data "data/$name" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $(flags "$1" "$2") --lr "$lr" >> "$results/log.txt"

@@ -143,9 +143,9 @@ def make_ilm(llm, method="text", queries=4):
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
     encoder = None if method == "text" else qformer.QFormer(qformer.QFormerConfig(dataset.item_cf.shape[1], 1, queries, dropout=0.0))
     if encoder:
-        encoder.freeze_text()
-    config = {"train_llm": False, "item_names": "title", "name_tokens": 0, "prompt_items": "names+tokens"}
-    return ilm.ILM(llm, tokenizer, encoder, queries, dataset, config)
+        encoder.freeze_all_but_encode()
+    config = {"num_queries": queries, "train_llm": False, "item_names": "title", "name_tokens": 0, "prompt_items": "names+tokens"}
+    return ilm.ILM(llm, tokenizer, encoder, dataset, config)
 
 
 def random_names(count, vocab, rng):
