@@ -223,7 +223,7 @@ def load_prompts(path=None):
             fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", printable(line)).split(";")]
             ranking = fields[0] in RANKING_TASKS
             if len(fields) != 4 or fields[1] not in ("seen", "unseen")[:1 + ranking] or ranking and "{target}" not in fields[3]:
-                raise InputError(f"{path}, line {number}: expected `task; seen or unseen; prompt; target` ({{target}} to rank, seen to write)")
+                raise InputError(f"{path}, line {number}: not `task; seen or unseen; prompt; target`; {{target}} to rank, seen to write")
             if ranking:  # what OpenP5's targets have before the name belongs to the prompt
                 fields[2] = f"{fields[2]} {fields[3].partition('{target}')[0]}".strip()
             allowed = ("user", "history", "dataset") if ranking else ("item", "neighbour")
