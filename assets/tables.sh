@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the README's tables from nothing:   bash assets/tables.sh toy        (or ml100k, beauty; PARTS="search main" for some of the parts)
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
+# METHODS="ilm-bert ilm-bert-rand": the paper's start, the text branch from BERT's weights (BERT=folder; 384 wide, 6 layers), and its ilm-rand.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,6 +46,8 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
     ilm-it-ui) echo "--stage1 $(align "itc itm itg ui" "$2")" ;;
     ilm-k*) echo "--stage1 $(align "$all" "$2" "-k$k" --num-queries "$k")" ;;
     ilm-rand | mlp) echo "--method $1" ;;
+    ilm-bert) echo "--stage1 $(align "$all" "$2" -bert --init-bert "$BERT" --tokenizer "$BERT" --width 384 --layers 6 --lr 3e-4 --steps 200)" ;;
+    ilm-bert-rand) echo "--method ilm-rand --width 384 --layers 6" ;;
     mlp-k*) echo "--method mlp --num-queries $k" ;;
     text) echo "--method text --train-llm --item-names random" ;;
     text-title) echo "--method text --train-llm" ;;
@@ -69,7 +72,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
 
 rate() {  # rate METHOD: what the search found; the stages of the ablation and the sweeps use their method's
     local method=${1%-k*}
-    case $method in ilm-it* | ilm-shuffled) method=ilm ;; esac
+    case $method in ilm-it* | ilm-shuffled) method=ilm ;; ilm-bert*) echo 1e-3; return ;; esac  # a Q-Former three times as wide: not searched
     search "$method"
     awk -F'\t' -v m="$method" '$1 == m' "$results/search.tsv" | sort -t'	' -k3,3g | head -1 | cut -f2
 }
