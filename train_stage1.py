@@ -107,7 +107,7 @@ class Texts:
             ids = tokenizer(item["text"], add_special_tokens=False)["input_ids"][:max_text - 2] if item["text"] else []
             row = [special["cls"], *ids, special["sep"]]
             self.ids[i, :len(row)], self.mask[i, :len(row)] = torch.tensor(row), True
-            self.group[i] = groups.setdefault(item["text"] or i, len(groups))
+            self.group[i] = groups.setdefault(tuple(ids) or i, len(groups))  # of equal texts, as far as they are read
 
     def batch(self, items):
         """ids, mask cut to the longest text, and which pairs have the same text."""
