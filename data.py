@@ -11,8 +11,8 @@ prepares both, and the collaborative-filtering (CF) vectors that the item-langua
     sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order     last = test, last but one = valid
     cf.npz          user (U, E), item (I, E): implicit ALS on the training part       what interactions can tell
     tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
-    meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no loss sees their texts (MovieLens and
-                    Beauty: their titles are ranked all the same)
+    meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts (titles
+                    are ranked all the same; MovieLens's and Beauty's texts begin with them)
 
 Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole."""
 import hashlib

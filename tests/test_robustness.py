@@ -183,6 +183,7 @@ FLAGS = [  # script, flags, files, words
         (["--prompts", "nowhere"], {}, ["nowhere"]), (["--prompts", "."], {}, ["error: ."]), (["--prompts", "p"], {"p": b"\xff"}, ["p: "]),
         (["--prompts", "p"], {"p": PROMPTS.format("seen", "seen")}, ["--prompts p", "unseen"]),
         (["--prompts", "p"], {"p": "sequential; never; {history}; {target}\n"}, ["p, line 1", "seen or unseen"]),
+        (["--prompts", "p"], {"p": PROMPTS.format("seen", "unseen") + "mood; unseen; {item}?; {mood}\n"}, ["p, line 3", "to write"]),
         (["--prompts", "p"], {"p": "# one\nsequential; seen; {histroy}; {target}\n"}, ["p, line 2", "{histroy}", "history"]),
         (["--prompts", "p"], {"p": "sequential; seen; {item}; {target}\n"}, ["p, line 1", "{item}"]),
         (["--prompts", "p"], {"p": "sequential; seen; {history}; it\n"}, ["p, line 1", "{target}"]),
