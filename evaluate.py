@@ -174,17 +174,16 @@ def evaluate_text(model, examples, args, device):
     return out | {"sc": float((a * b).sum(1).mean()), "sc_encoder": name, "written": {task: rows[0] for task, rows in written.items()}}
 
 
-def controls(model, examples, users, args, device):
-    """Sequential ranking when the CF vectors belong to others, when soft tokens are zero, when there are none: is the signal used?"""
-    rank = lambda: ranking_metrics(rank_users(model, examples, "sequential", "seen", users, args, device))
+def controls(model, measure):
+    """{name: measure()} when the CF vectors belong to others, when soft tokens are zero, when there are none: is the signal used?"""
     cf, encoder, out = model.cf.clone(), model.encoder, {}
     model.shuffle_cf()
-    out["shuffled_cf"] = rank()
+    out["shuffled_cf"] = measure()
     model.cf.copy_(cf)
     model.zero_soft = True
-    out["zero_soft_tokens"] = rank()
+    out["zero_soft_tokens"] = measure()
     model.zero_soft, model.encoder = False, None
-    out["text_only"] = rank()
+    out["text_only"] = measure()
     model.encoder = encoder
     return out
 
@@ -227,14 +226,19 @@ def evaluate_run(run, args, device):
         dataset, users = model.dataset, test_users(model.dataset, args.max_users)
         examples = Examples(model, dataset)
         out |= {"method": config["method"], "llm": config["llm"], "llm_frozen": not config["train_llm"], "rec": {}}
-        for task in [t for t in RANKING_TASKS if t in args.tasks]:
-            out["rec"][task] = {prompts: ranking_metrics(rank_users(model, examples, task, prompts, users, args, device))
-                                for prompts in ("seen", "unseen")}
-        if "text" in args.tasks and examples.tasks[args.split]:
-            out["text"] = evaluate_text(model, examples, args, device)
+        rank = lambda task, prompts: ranking_metrics(rank_users(model, examples, task, prompts, users, args, device))
+        write = lambda: evaluate_text(model, examples, args, device)
+        tasks = args.tasks or [task for task, share in zip((*RANKING_TASKS, "text"), config.get("mix", (1, 1, 1))) if share]
+        for task in [t for t in RANKING_TASKS if t in tasks]:
+            out["rec"][task] = {prompts: rank(task, prompts) for prompts in ("seen", "unseen")}
+        if "text" in tasks and examples.tasks[args.split]:
+            out["text"] = write()
         out["references"] = references(dataset, users, args.split, args.keep_history, args.sasrec)
         if args.controls and model.encoder is not None:
-            out["controls"] = controls(model, examples, users, args, device)
+            if "sequential" in out["rec"]:
+                out["controls"] = controls(model, lambda: rank("sequential", "seen"))
+            if "text" in out:
+                out["text_controls"] = controls(model, write)
         if "sequential" in out["rec"]:
             out["retention"] = out["rec"]["sequential"]["seen"]["HR@10"] / max(1e-9, out["references"]["mf"]["HR@10"])
     out["seconds"] = round(time.time() - began, 1)
@@ -287,7 +291,7 @@ def parse_args(argv=None):
     p.add_argument("--recommend", metavar="FILE", help="evaluate nothing: print the ten best items for each user id in FILE, one a line")
     p.add_argument("--new", metavar="FOLDER", help="with --recommend: interactions.csv (and items.csv) of users and items that came later")
     p.add_argument("--split", default="test", choices=["valid", "test"], help="[test]")
-    p.add_argument("--tasks", nargs="+", default=[*RANKING_TASKS, "text"], choices=[*RANKING_TASKS, "text"], help="[all]")
+    p.add_argument("--tasks", nargs="+", choices=[*RANKING_TASKS, "text"], help="[those that the run was trained on]")
     p.add_argument("--beams", type=within(int, 0), help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]")
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="score names without renormalising")
     p.add_argument("--keep-history", action=argparse.BooleanOptionalAction, default=False, help="leave items of the history in [no]")

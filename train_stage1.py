@@ -209,6 +209,11 @@ def parse_args(argv=None):
     return args
 
 
+def share_of(items, fraction, seed):
+    """A random share of items, sorted; a smaller share of the same seed is part of a larger one."""
+    return np.sort(np.random.default_rng(seed).permutation(items)[:math.ceil(fraction * len(items))])
+
+
 def draw_batch(train_items, pairs, args, world, rng):
     """What Objective.forward takes. A batch never holds an item (of texts) or a user (of UI) twice; every process draws the same."""
     batch = {}
@@ -232,7 +237,7 @@ def main():
                            width=args.width, layers=args.layers, heads=bert.config.num_attention_heads if bert else 0)
     texts, pairs = Texts(dataset, tokenizer, config.max_text), Pairs(dataset)
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
-    train_items = np.sort(np.random.default_rng(args.seed).permutation(train_items)[:math.ceil(args.text_fraction * len(train_items))])
+    train_items = share_of(train_items, args.text_fraction, args.seed)
     with_text = bool({*TEXT_LOSSES} & {*args.losses})
     if {*PAIR_LOSSES} & {*args.losses} and not pairs.long:
         raise InputError(f"{args.data}: no user has two training items (4 interactions), as ii and ui need; use --losses itc itm itg")

@@ -31,7 +31,7 @@ from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts
 from ilm import build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, Texts, add_qformer_args, add_training_args, clip_and_step, make_optimizer, print_parameters,
-                          set_learning_rate)
+                          set_learning_rate, share_of)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
@@ -203,13 +203,14 @@ def parse_args(argv=None):
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
     p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
     p.add_argument("--valid-users", type=within(int, 1), default=128, help="users of each validation [128]")
+    p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items with text tasks [1]")
     p.add_argument("--mix", type=within(float, 0), nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
                    help="share of batches of each kind (not of target tokens, over which a step's loss is the mean) [.3 .5 .2]")
     args = p.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
     args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
-    if not sum(args.mix[:2]):
-        raise InputError("--mix: the first two shares must not both be 0")
+    if not sum(args.mix):
+        raise InputError("--mix: the shares must not all be 0")
     load_prompts(args.prompts)  # a mistake in it is said before the LLM is loaded
     return args
 
@@ -249,7 +250,11 @@ def main():
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
+    kept = {*share_of(dataset.items_in("train"), args.text_fraction, args.seed)}
+    examples.tasks["train"] = [t for t in examples.tasks["train"] if kept >= {*t["items"]}]
     shares[2] *= bool(examples.tasks["train"])
+    if not shares.sum():
+        raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
     held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
     held_out = {kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]}  # what is trained chooses the checkpoint
     if not len(examples.users):

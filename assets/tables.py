@@ -88,7 +88,8 @@ def print_tables(results, against="ilm"):
         users = next((m[0]["users"] for m in methods.values()), 0)
         table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"))
     texts = by_method(results, lambda r: r["text"])
-    table("text tasks, held-out items", ["sc", "log_ppl"], texts, against, lambda m: [*m["per_item"].values()])
+    rows = texts | {k: v for name in CONTROLS for k, v in by_method(results, lambda r: r["text_controls"][name], f", {name}").items()}
+    table("text tasks, held-out items", ["sc", "log_ppl"], rows, against, lambda m: [*m["per_item"].values()])
     names = [*dict.fromkeys(name for found in texts.values() for m in found for name in m["attribute_accuracy"])]
     table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
     table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {

@@ -156,7 +156,9 @@ def test_from_nothing_to_the_table(tmp_path, script):
     again = run("evaluate.py", "--table", "all.json", "--plot", "figures")
     assert again in out and (tmp_path / "figures/alignment.png").is_file() and (tmp_path / "figures/stage1.png").is_file()
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
-    assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
+    assert set(results[0]["controls"]) == set(results[0]["text_controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
+    run("train_stage2.py", "--steps", "1", "--batch-size", "2", "--mix", "0", "0", "1", "--text-fraction", "0.2", "--method", "mlp")
+    assert "sequential" not in run("evaluate.py", "--run", "out/toy/mlp")  # what was not trained is not measured
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").count("\n") == 1  # of 3 steps: or empty
 
 

@@ -173,7 +173,7 @@ FLAGS = [  # script, flags, files, words
     *(("train_stage2.py", argv, files, words) for argv, files, words in [
         (["--stage1", "nowhere"], {}, ["nowhere", "train_stage1.py"]),
         (["--stage1", "f"], {"f": ""}, ["f: not a finished stage1 run"]), (["--stage1", "WORK/train_stage2"], {}, ["stage2 run"]),
-        (["--method", "magic"], {}, ["--method", "ilm-rand"]), (["--mix", 0, 0, 1], {}, ["--mix"]), (["--mix", 1, 1], {}, ["--mix"]),
+        (["--method", "magic"], {}, ["--method", "ilm-rand"]), (["--mix", 0, 0, 0], {}, ["--mix"]), (["--mix", 1, 1], {}, ["--mix"]),
         (["--mix", "nan", 1, 1], {}, ["--mix"]), (["--mix", -1, 1, 1], {}, ["--mix"]), (["--valid-users", 0], {}, ["--valid-users"]),
         (["--accumulate", 0], {}, ["--accumulate"]), (["--name-tokens", -1], {}, ["--name-tokens"]),
         (["--llm", "./nowhere"], {}, ["--llm ./nowhere", "no such folder"]), (["--llm", "."], {}, ["--llm ."]),

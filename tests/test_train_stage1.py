@@ -117,3 +117,8 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(data.InputError, match="step 5: loss validation is nan"):
         save(5, float("nan"))
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
+
+
+def test_a_smaller_share_of_items_is_part_of_a_larger_one():
+    small, large, whole = (train_stage1.share_of(range(5, 60), fraction, seed=1).tolist() for fraction in (0.1, 0.5, 1))
+    assert len(small) == 6 and set(small) < set(large) and whole == [*range(5, 60)]
