@@ -9,25 +9,25 @@ cd "$(dirname "$0")/.."
 name=$1 data=${1%-texts} seeds=${SEEDS:-0 1 2 3 4} parts=${PARTS:-search main fractions queries show}
 results=assets/results/$name runs=out/$name
 mkdir -p "$results" "$runs"
-all="itc itm itg ii ui" tuning="" sasrec="--sasrec"
+all="itc itm itg ii ui" tuning="" measured="" once="--controls --sasrec"  # of ilm: measured in every run, in that of seed 0
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept by the process: faster on CPU, same results
 log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1; echo "  took $((SECONDS - began)) s"; }
 
 case $data in
 toy)
-    llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate=""
+    llm=assets/toy_llm stage1="" stage2="--steps 200" evaluate="" measured="--controls"
     [ -d data/toy ] || log python data.py ;;
 ml100k)
     llm=out/llm/ml100k stage1="--tokenizer $llm --steps 300" stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 100" evaluate="--batch-size 25" tuning="--steps 200"
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
-    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 250 --eval-every 100" evaluate="--batch-size 50 --max-users 1000 --max-texts 200" sasrec=""
+    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 200 --batch-size 8 --name-tokens 8 --valid-users 250 --eval-every 100" evaluate="--batch-size 50 --max-users 1000 --max-texts 200" once="--controls"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 --bf16 ;;
 esac
 if [ "$name" != "$data" ]; then
-    stage2="--steps 240 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" tuning="" sasrec=""
+    stage2="--steps 240 --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" tuning="" once="--controls"
 fi
 evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
 
@@ -100,7 +100,7 @@ for part in $parts; do
     search) for method in ilm ilm-rand mlp text; do search $method; done ;;
     main)  # seed by seed, so that an interrupted table has whole seeds
         for seed in $seeds; do
-            run ilm "$seed" --controls $([ "$seed" = 0 ] && echo $sasrec)
+            run ilm "$seed" $measured $([ "$seed" = 0 ] && echo $once)
             for method in ${METHODS:-ilm-rand mlp ilm-it ilm-it-ii ilm-it-ui text ilm-shuffled}; do run "$method" "$seed"; done
         done ;;
     fractions)  # stage 1 alone, on a part of the texts
