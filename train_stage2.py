@@ -3,6 +3,7 @@
     python train_stage2.py                                                 # ILM on the toy world, CPU: about a minute and a half
     python train_stage2.py --method mlp                                    # CoLLM's two-layer MLP in place of the Q-Former
     python train_stage2.py --method ilm-rand                               # a Q-Former that skipped stage 1
+    python train_stage2.py --mix 0 0 1                                     # text tasks alone, as the paper trains its ELM-24 table
     python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
     python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
 
