@@ -251,8 +251,9 @@ def main():
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
     kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
-    kept = {*share_of(dataset.items_in("train"), args.text_fraction, args.seed)}
-    examples.tasks["train"] = [t for t in examples.tasks["train"] if kept >= {*t["items"]}]
+    items = dataset.items_in("train")
+    left_out = {*items} - {*share_of(items, args.text_fraction, args.seed)}
+    examples.tasks["train"] = [t for t in examples.tasks["train"] if not left_out & {*t["items"]}]
     shares[2] *= bool(examples.tasks["train"])
     if not shares.sum():
         raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")

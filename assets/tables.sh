@@ -2,7 +2,7 @@
 # Makes the README's tables from nothing:   bash assets/tables.sh toy        (or ml100k, beauty; PARTS="search main" for some of the parts)
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
 # METHODS="ilm-bert ilm-bert-rand": the paper's start, the text branch from BERT's weights (BERT=folder; 384 wide, 6 layers), and its ilm-rand.
-# ml100k-texts: the text tasks alone, as the paper trains its ELM-24 table; ilm-f05, mlp-f20: with the text tasks of 5 and 20 % of the items.
+# ml100k-texts: the text tasks alone, as the paper trains its ELM-24 table.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,9 +41,9 @@ align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
     echo "$runs/$tag"
 }
 
-flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may end in -k8: 8 soft tokens an item, or -f20
+flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may end in -k8: 8 soft tokens an item
     local k=${1##*-k}
-    case ${1%-f*} in
+    case $1 in
     ilm | ilm-shuffled) echo "--stage1 $(align "$all" "$2")" ;;
     ilm-it) echo "--stage1 $(align "itc itm itg" "$2")" ;;
     ilm-it-ii) echo "--stage1 $(align "itc itm itg ii" "$2")" ;;
@@ -57,7 +57,6 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may 
     text-title) echo "--method text --train-llm" ;;
     esac
     [ "$1" != ilm-shuffled ] || echo "--shuffle-cf"
-    [[ $1 != *-f* ]] || echo "--text-fraction 0.${1##*-f}"
 }
 
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
@@ -76,7 +75,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
 }
 
 rate() {  # rate METHOD: what the search found; the stages of the ablation and the sweeps use their method's
-    local method=${1%-[kf][0-9]*}
+    local method=${1%-k*}
     case $method in ilm-it* | ilm-shuffled) method=ilm ;; ilm-bert*) echo 1e-3; return ;; esac  # a Q-Former three times as wide: not searched
     search "$method"
     awk -F'\t' -v m="$method" '$1 == m' "$results/search.tsv" | sort -t'	' -k3,3g | head -1 | cut -f2
