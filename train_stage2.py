@@ -259,8 +259,10 @@ def main():
         raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
     held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
     held_out = {kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]}  # what is trained chooses the checkpoint
-    if not len(examples.users):
+    if shares[:2].any() and not len(examples.users):
         raise InputError(f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions")
+    if not held_out:
+        raise InputError(f"{args.data}: no text task of a validation item to choose a checkpoint by; --mix needs more than texts")
     if not trainable:
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
         args.steps = 0

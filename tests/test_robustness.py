@@ -432,6 +432,7 @@ def test_histories_too_short_to_train_on(script, tmp_path):
     assert script("data.py", *"--dataset csv --source . --min-count 1 --cf-dim 4 --out x".split(), cwd=tmp_path).returncode == 0
     one_line(script("train_stage1.py", *"--data x --out s1 --steps 1".split(), cwd=tmp_path), 2, "no user has two training items")
     one_line(script("train_stage2.py", *"--data x --out s2 --steps 1 --method mlp".split(), cwd=tmp_path), 2, "4 interactions")
+    one_line(script("train_stage2.py", *"--data x --out s2 --steps 1 --mix 0 0 1 --method mlp".split(), cwd=tmp_path), 2, "validation item")
 
 
 @pytest.mark.parametrize("files, argv", [
