@@ -157,8 +157,7 @@ def train(args):
         warm = min(1.0, (step + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,7 +227,6 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
     p.add_argument("--lr", type=float, default=3e-3)
-    p.add_argument("--bf16", action="store_true", help="mixed precision, faster where the processor has it (avx512_bf16, amx)")
     p.add_argument("--seed", type=int, default=0)
     arguments = p.parse_args()
     if arguments.data and not arguments.probe and Path(arguments.out) == HERE:
