@@ -1,8 +1,8 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
     python train_stage2.py                                                 # ILM on the toy world, CPU: about a minute and a half
-    python train_stage2.py --method mlp                                    # CoLLM's two-layer MLP in place of the Q-Former
-    python train_stage2.py --method ilm-rand                               # a Q-Former that skipped stage 1
+    python train_stage2.py --method mlp --lr 1e-2                          # CoLLM's two-layer MLP in place of the Q-Former
+    python train_stage2.py --method ilm-rand --lr 4e-3                     # a Q-Former that skipped stage 1
     python train_stage2.py --mix 0 0 1                                     # text tasks alone, as the paper trains its ELM-24 table
     python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
     python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
@@ -10,7 +10,7 @@
 The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION: where it is an item's name, p of each
 token is divided among the tokens that the catalogue allows there, exactly as when evaluate.py ranks: nothing is spent on spelling, and
 a name ends where it is decided (--full-vocabulary: the paper's loss). The gradient reaches item encoder and adapter through the frozen
-LLM, whose weights never change. Three kinds of batches, drawn at random per micro-step, so that rows of one batch have like lengths:
+LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name

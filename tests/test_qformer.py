@@ -173,6 +173,9 @@ def test_duplicates_are_no_negatives():
         assert loss(similarity).item() == pytest.approx(loss(changed).item())
         changed[0, 1] = 9.0
         assert loss(changed).item() > loss(similarity).item() + 1
+    same[2, 0], changed = False, similarity.clone()  # II and UI: a left side can share a key with a right one, and not the other way round
+    changed[0, 2] = 9.0
+    assert qformer.ii_loss(changed, 2.0, same).item() == pytest.approx(qformer.ii_loss(similarity, 2.0, same).item())
 
 
 def test_hard_negatives_are_never_duplicates_and_prefer_the_similar():
