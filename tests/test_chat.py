@@ -93,8 +93,10 @@ def test_a_conversation_in_a_terminal(run):
     os.write(t.ours, b"\x03")                                     # ... which Ctrl-C stops
     t.until(r"\n> $")
     os.write(t.ours, b"half a line")
-    t.until("half a line$")                                       # echoed: the editor waits for keys (a Ctrl-C just before can be lost)
+    t.until("half a line$")
     os.write(t.ours, b"\x03")
+    while not select.select([t.ours], [], [], 5)[0]:              # CPython loses one that comes as the editor begins to wait: again
+        os.write(t.ours, b"\x03")
     assert "Ctrl-D" in t.until(r"leaves\)\r\n> $")
     assert t.say("/new").strip().endswith(">")
     os.write(t.ours, b"\x04")
