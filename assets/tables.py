@@ -132,7 +132,7 @@ def plot(results, folder):
     images = aligned["stage1"]["alignment"] if aligned else {}
     figures["alignment"] = {f"items x their texts, {when} stage 1": image for when, image in images.items()}
     for name, panels in figures.items():
-        if all(map(len, panels.values())) and panels:
+        if panels := {title: found for title, found in panels.items() if len(found)}:
             fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), facecolor="white", squeeze=False)
             for ax, (title, found) in zip(axes[0], panels.items()):
                 ax.set_title(title, fontsize=9)
