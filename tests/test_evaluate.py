@@ -159,6 +159,8 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert set(results[0]["controls"]) == set(results[0]["text_controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
     run("train_stage2.py", "--steps", "1", "--batch-size", "2", "--mix", "0", "0", "1", "--text-fraction", "0.2", "--method", "mlp")
     assert "sequential" not in run("evaluate.py", "--run", "out/toy/mlp")  # what was not trained is not measured
+    run("evaluate.py", "--table", "out/toy/mlp/metrics.json", "--plot", "texts")
+    assert (tmp_path / "texts/budget.png").is_file() and not (tmp_path / "texts/stage1.png").exists()  # nor drawn
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").count("\n") == 1  # of 3 steps: or empty
 
 
