@@ -27,7 +27,7 @@ def per_user(metrics, key):
     return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
 
 
-def bootstrap(a, b, draws=2000):
+def bootstrap(a, b, draws=10_000):
     """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users). Users are drawn in pairs, with
     replacement. Seeds are too few for that (three of them drawn so would show 2/3 of their variance): what they add comes from Student's
     t, with their pooled variance; where each side has one, users alone."""
@@ -71,7 +71,7 @@ def table(title, keys, methods, against="", values=None):
         error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
         line = f"  {printable(name):32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
         if compared[name]:
-            line += f"  {bootstrap(*(np.array([values(m) for m in group]) for group in (found, other(name)))):.3f}"
+            line += f"  {max(0.001, bootstrap(*(np.array([values(m) for m in group]) for group in (found, other(name))))):.3f}"
             line += " users" * (len(found) + len(other(name)) == 2)  # of the noise of training, two single runs tell nothing
         print(line)
 

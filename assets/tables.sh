@@ -63,7 +63,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
     [ "$name" = toy ] || rates=$([ "$1" = mlp ] && echo 3e-3 1e-2 2e-2 || echo 1e-3 3e-3 1e-2)
     if [ "$name" = beauty ]; then rates=$([ "$1" = mlp ] && echo 1e-2 || echo 3e-3); fi  # ML-100K's best, not searched again
-    [[ $1 == text* ]] && rates="3e-4 6e-4 1e-3 3e-3"
+    [[ $1 == text* ]] && rates=$([ "$name" = toy ] && echo 3e-4 6e-4 1e-3 3e-3 || echo 6e-4)  # elsewhere the toy world's best
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
         log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $tuning $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
