@@ -27,7 +27,7 @@ beauty)
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 esac
 if [ "$name" != "$data" ]; then
-    stage2=${name##*-texts} stage2="--steps ${stage2:-240} --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" tuning="" once="--controls"
+    steps=${name##*-texts} stage2="--steps ${steps:-240} --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" tuning="" once="--controls"
 fi
 evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
 
