@@ -2,7 +2,7 @@
 # Makes the README's tables from nothing:   bash assets/tables.sh toy        (or ml100k, beauty; PARTS="search main" for some of the parts)
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
 # METHODS="ilm-bert ilm-bert-rand": the paper's start, the text branch from BERT's weights (BERT=folder; 384 wide, 6 layers), and its ilm-rand.
-# ml100k-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
+# ml100k-texts, beauty-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -102,8 +102,8 @@ for part in $parts; do
             run ilm "$seed" $measured $([ "$seed" = 0 ] && echo $once)
             for method in ${METHODS:-ilm-rand mlp ilm-it ilm-it-ii ilm-it-ui text ilm-shuffled}; do run "$method" "$seed"; done
         done ;;
-    fractions)  # stage 1 alone, on a part of the texts
-        for seed in 0 1 2; do for percent in 10 30 100; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
+    fractions)  # stage 1 alone, on a part of the texts (PERCENT=100: on all)
+        for seed in 0 1 2; do for percent in ${PERCENT:-10 30 100}; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
             if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "0.$percent"; fi > /dev/null
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
