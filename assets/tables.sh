@@ -11,7 +11,7 @@ results=assets/results/$name runs=out/$name
 mkdir -p "$results" "$runs"
 all="itc itm itg ii ui" tuning="" measured="" once="--controls --sasrec"  # of ilm: measured in every run, in that of seed 0
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept by the process: faster on CPU, same results
-log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1; echo "  took $((SECONDS - began)) s"; }
+log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1 || { echo "failed: $*" >&2; return 1; }; echo "  took $((SECONDS - began)) s"; }
 
 case $data in
 toy)
@@ -34,8 +34,8 @@ evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
 align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
     local tag; tag=stage1-$(echo "$1" | tr ' ' -)${3:-}-s$2
     if [ ! -f "$results/$tag.json" ] || [ ! -f "$runs/$tag/model.safetensors" ]; then
-        log python train_stage1.py --data "data/$data" --out "$runs/$tag" --losses $1 --seed "$2" $stage1 "${@:4}" >> "$results/log.txt"
-        log python evaluate.py --run "$runs/$tag" >> "$results/log.txt"
+        log python train_stage1.py --data "data/$data" --out "$runs/$tag" --losses $1 --seed "$2" $stage1 "${@:4}" >> "$results/log.txt" || exit  # in $( ) set -e does not hold
+        log python evaluate.py --run "$runs/$tag" >> "$results/log.txt" || exit
         cp "$runs/$tag/metrics.json" "$results/$tag.json"
     fi
     echo "$runs/$tag"
