@@ -22,7 +22,7 @@ ml100k)
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/ml100k --out $llm --vocab 3072 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 beauty)
-    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 250 --eval-every 100" evaluate="--batch-size 50 --max-users 1000 --max-texts 200" once="--controls"
+    llm=out/llm/beauty stage1="--tokenizer $llm --steps 300" stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 250 --eval-every 100" evaluate="--batch-size 50 --max-users 1000 --max-texts 200"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty --cf-dim 32
     [ -d $llm ] || log python assets/toy_llm/pretrain.py --data data/beauty --out $llm --vocab 4096 --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3 ;;
 esac
