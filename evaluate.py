@@ -299,7 +299,7 @@ def parse_args(argv=None):
     p.add_argument("--sasrec", action=argparse.BooleanOptionalAction, default=False, help="train SASRec as one more reference")
     p.add_argument("--sc-encoder", metavar="PATH", help="folder or hub id of a sentence encoder for SC [the LLM's own mean states]")
     p.add_argument("--table", nargs="+", metavar="FILE", help="run nothing: tables of these metrics.json or --json files")
-    p.add_argument("--against", default="ilm", help="the method that p compares with [ilm]")
+    p.add_argument("--against", default="ilm", help="the method or reference that p compares with [ilm]")
     p.add_argument("--plot", metavar="DIR", help="draw figures there (needs matplotlib)")
     p.add_argument("--max-users", type=within(int, 1), help="a fixed random sample of test users [all]")
     p.add_argument("--max-texts", type=within(int, 1), default=500, help="instances a text task, at even distances [500]")

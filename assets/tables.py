@@ -27,15 +27,15 @@ def per_user(metrics, key):
     return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
 
 
-def bootstrap(a, b, draws=10_000):
+def bootstrap(a, b, draws=10_000, fixed=False):
     """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users). Users are drawn in pairs, with
     replacement. Seeds are too few for that (three of them drawn so would show 2/3 of their variance): what they add comes from Student's
-    t, with their pooled variance; where each side has one, users alone."""
+    t, with their pooled variance; where each side has one, users alone. fixed: b is a reference, whose training adds no noise."""
     rng, U, free = np.random.default_rng(0), a.shape[1], len(a) + len(b) - 2
     pooled = sum(((x.mean(1) - x.mean()) ** 2).sum() for x in (a, b)) / max(1, free)
     difference = a.mean(0) - b.mean(0)
     drawn = np.array([difference[rng.integers(U, size=U)].mean() for _ in range(draws)])
-    drawn += rng.standard_t(max(1, free), draws) * np.sqrt(pooled * (1 / len(a) + 1 / len(b)))
+    drawn += rng.standard_t(max(1, free), draws) * np.sqrt(pooled * (1 / len(a) + (not fixed) / len(b)))
     return min(1.0, 2 * (int(min((drawn <= 0).sum(), (drawn >= 0).sum())) + 1) / (draws + 1))
 
 
@@ -57,10 +57,11 @@ def by_method(results, pick, label=""):
     return out
 
 
-def table(title, keys, methods, against="", values=None):
+def table(title, keys, methods, against="", values=None, references=()):
     """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
-    difference to the method `against` under the same label (bootstrap of values(seed), see there)."""
-    other = lambda name: methods.get(against + name[name.find(","):] * ("," in name))  # the same prompts or control of `against`
+    difference to the method `against` under the same label, or to the reference `against` (bootstrap of values(seed), see there)."""
+    label = lambda name: name[name.find(","):] * ("," in name and against not in references)
+    other = lambda name: methods.get(against + label(name))  # the same prompts or control of `against`
     compared = {name: values and other(name) and other(name) is not found and len({len(values(m)) for m in found + other(name)}) == 1
                 for name, found in methods.items()}  # the same users, or items
     if methods and keys:
@@ -71,7 +72,8 @@ def table(title, keys, methods, against="", values=None):
         error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
         line = f"  {printable(name):32}" + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys) + f"{error} {len(found):4}"
         if compared[name]:
-            line += f"  {max(0.001, bootstrap(*(np.array([values(m) for m in group]) for group in (found, other(name))))):.3f}"
+            a, b = (np.array([values(m) for m in group]) for group in (found, other(name)))
+            line += f"  {max(0.001, bootstrap(a, b, fixed=against in references)):.3f}"
             line += " users" * (len(found) + len(other(name)) == 2)  # of the noise of training, two single runs tell nothing
         print(line)
 
@@ -80,13 +82,14 @@ def print_tables(results, against="ilm"):
     """Runs of one data set, whatever was measured of them."""
     keys = [*KEYS[:2], KEYS[3], KEYS[2]]
     for task in RANKING_TASKS:
-        methods = {name: [m] for r in results if task in r.get("rec", {}) for name, m in r["references"].items()}
+        references = {name: [m] for r in results if task in r.get("rec", {}) for name, m in r["references"].items()}
+        methods = dict(references)
         for prompts in ("seen", "unseen"):
             methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
         for name in CONTROLS if task == "sequential" else ():
             methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
         users = next((m[0]["users"] for m in methods.values()), 0)
-        table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"))
+        table(f"{task} ({results[0]['split']}, {users} users)", keys, methods, against, lambda m: per_user(m, "HR@10"), references)
     texts = by_method(results, lambda r: r["text"])
     rows = texts | {k: v for name in CONTROLS for k, v in by_method(results, lambda r: r["text_controls"][name], f", {name}").items()}
     table("text tasks, held-out items", ["sc", "log_ppl"], rows, against, lambda m: [*m["per_item"].values()])

@@ -40,6 +40,7 @@ def test_the_bootstrap_knows_a_difference_from_noise():
     for n, m in ((3, 3), (5, 1)):  # of what training alone makes different (a number a seed), 1 in 20 is taken for a difference
         draw = lambda n: users[:, :50] + rng.normal(0, 0.2, (n, 1)) + rng.normal(0, 0.1, (n, 50))
         assert sum(tables.bootstrap(draw(n), draw(m), 200) < 0.05 for _ in range(200)) <= 20
+        assert sum(tables.bootstrap(draw(n), users[:, :50], 200, fixed=True) < 0.05 for _ in range(200)) <= 20  # a reference
 
 
 def test_seeds_of_a_method_are_one_line(capsys):
@@ -47,11 +48,15 @@ def test_seeds_of_a_method_are_one_line(capsys):
     runs = [{"run": f"out/{name}", "rec": {"sequential": {"seen": m(h), "unseen": m(h)}}, "references": {"mf": m([1, 0, 0, 0])},
              "retention": 1.0, "split": "test", "filtered": True, "device": "cpu", "commit": "c"}
             for name, h in (("ilm-s0", [1, 1, 1, 0]), ("ilm-s1", [1, 1, 0, 0]), ("mlp-s0", [0, 0, 0, 1]))]
-    tables.print_tables(runs)
-    lines = capsys.readouterr().out.splitlines()
-    lines = {line.split("  ")[1].strip(): line.split() for line in lines if "prompts" in line or " mf " in line}
-    assert lines["ilm, seen prompts"][-4:] == ["0.625", "±", "0.125", "2"] and lines["mf"][-1] == "1"
-    assert float(lines["mlp, seen prompts"][-1]) < 1
+    def lines(against):
+        tables.print_tables(runs, against)
+        out = capsys.readouterr().out.splitlines()
+        return {line.split("  ")[1].strip(): line.split() for line in out if "prompts" in line or " mf " in line}
+    found = lines("ilm")
+    assert found["ilm, seen prompts"][-4:] == ["0.625", "±", "0.125", "2"] and found["mf"][-1] == "1"
+    assert float(found["mlp, seen prompts"][-1]) < 1
+    found = lines("mf")  # a reference has no prompts: every line is compared with it
+    assert found["mf"][-1] == "1" and float(found["ilm, seen prompts"][-1]) < 1 and found["mlp, unseen prompts"][-1] == "users"
 
 
 def test_sasrec_learns_what_follows_what():
