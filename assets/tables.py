@@ -30,7 +30,7 @@ def per_user(metrics, key):
 def bootstrap(a, b, draws=10_000, fixed=False):
     """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users). Users are drawn in pairs, with
     replacement. Seeds are too few for that (three of them drawn so would show 2/3 of their variance): what they add comes from Student's
-    t, with their pooled variance; where each side has one, users alone. fixed: b is a reference, whose training adds no noise."""
+    t, with their pooled variance; where each side has one, users alone. fixed: b is a reference, whose own noise is left out."""
     rng, U, free = np.random.default_rng(0), a.shape[1], len(a) + len(b) - 2
     pooled = sum(((x.mean(1) - x.mean()) ** 2).sum() for x in (a, b)) / max(1, free)
     difference = a.mean(0) - b.mean(0)
