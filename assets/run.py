@@ -225,6 +225,8 @@ def start_processes(args):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it")
     if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
+            raise InputError(f"more processes than GPUs here: --nproc_per_node {gpus}, or --device cpu")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at hand; never part of the project
 
+# Tests run on the CPU, also where there is a GPU; those of tests/test_cuda.py put this back. CUDA looks at it once, after this.
+CUDA_VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import data  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
