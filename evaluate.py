@@ -167,7 +167,8 @@ def evaluate_text(model, examples, args, device):
     out = {"log_ppl": mean(every), "per_task": {task: mean(rows) for task, rows in losses.items()},
            "per_item": per_item, "se": {"log_ppl": standard_error(list(per_item.values()))},
            "attribute_accuracy": {task: float(np.mean([a == b for a, b in written[task]])) for task in written if task in attributes}}
-    name, encoder = "the frozen LLM's own states", (model.llm.get_encoder() if model.seq2seq else model.llm.base_model, model.tokenizer)
+    name = f"the {'trained' if model.config.get('train_llm') else 'frozen'} LLM's own states"
+    encoder = model.llm.get_encoder() if model.seq2seq else model.llm.base_model, model.tokenizer
     if args.sc_encoder:
         name = Path(args.sc_encoder).name
         encoder = [from_pretrained(auto_class, args.sc_encoder, "--sc-encoder") for auto_class in (AutoModel, AutoTokenizer)]

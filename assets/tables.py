@@ -97,8 +97,16 @@ def print_tables(results, against="ilm"):
     table("attributes, written = true", names, by_method(results, lambda r: r["text"]["attribute_accuracy"]))
     table("stage 1, held-out items", ["R@5", "itc", "itm", "itg", "R@1"], by_method(results, lambda r: {
         **r["stage1"]["held_out"], "R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}))
-    r, commits = results[0], ", ".join(sorted({str(c) for r in results for c in (r["commit"], r.get("trained_by")) if c}))
-    print(f"\nhistory {'taken out' if r['filtered'] else 'left in'} for all; device {printable(r['device'])}, commit {printable(commits)}")
+    union = lambda *keys: printable(", ".join(sorted({str(r[key]) for r in results for key in keys if r.get(key)})))
+    print(f"\nhistory {'taken out' if results[0]['filtered'] else 'left in'} for all; device {union('device')}, "
+          f"commit {union('commit', 'trained_by')}")
+    encoders = {}
+    for name, found in texts.items():
+        for m in found:
+            encoders.setdefault(printable(m["sc_encoder"]), []).append(printable(name))
+    most, *others = sorted(encoders, key=lambda e: -len(encoders[e])) or [""]
+    if most:
+        print("; of ".join([f"SC by {most}", *(f"{', '.join(dict.fromkeys(encoders[e]))} by {e}" for e in others)]))
     for name, found in by_method(results, lambda r: r["retention"]).items():
         print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
 

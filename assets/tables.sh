@@ -2,6 +2,7 @@
 # Makes the README's tables from nothing:   bash assets/tables.sh toy        (or ml100k, beauty; PARTS="search main" for some of the parts)
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
 # METHODS="ilm-bert ilm-bert-rand": the paper's start, the text branch from BERT's weights (BERT=folder; 384 wide, 6 layers), and its ilm-rand.
+# A method may end in -1200, so many steps instead of 400 or 200 (its rate is not searched again), or in -k8, so many soft tokens an item.
 # ml100k-texts, beauty-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
@@ -41,7 +42,7 @@ align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
     echo "$runs/$tag"
 }
 
-flags() {  # flags METHOD SEED: what train_stage2.py needs for it; a method may end in -k8: 8 soft tokens an item
+flags() {  # flags METHOD SEED: what train_stage2.py needs for it
     local k=${1##*-k}
     case $1 in
     ilm | ilm-shuffled) echo "--stage1 $(align "$all" "$2")" ;;
@@ -63,7 +64,7 @@ search() {  # search METHOD: the learning rate with the lowest validation loss, 
     local lr best rates="1e-3 2e-3 4e-3 1e-2"
     [ "$name" = toy ] || rates=$([ "$1" = mlp ] && echo 3e-3 1e-2 2e-2 || echo 1e-3 3e-3 1e-2)
     if [ "$name" = beauty ]; then rates=$([ "$1" = mlp ] && echo 1e-2 || echo 3e-3); fi  # ML-100K's best, not searched again
-    [[ $1 == text* ]] && rates=$([ "$name" = toy ] && echo 3e-4 6e-4 1e-3 3e-3 || echo 6e-4)  # elsewhere the toy world's best
+    [[ $1 == text* ]] && rates=$([ "$name" = beauty ] && echo 6e-4 || echo 3e-4 6e-4 1e-3 3e-3)
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
         log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $tuning $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"
@@ -82,13 +83,14 @@ rate() {  # rate METHOD: what the search found; the stages of the ablation and t
 }
 
 run() {  # run METHOD SEED [evaluate flags]: train, evaluate, keep the JSON
-    local tag=$1-s$2 lr
+    local tag=$1-s$2 lr method=${1%-1200} longer=""
     [ -f "$results/$tag.json" ] && return
-    lr=$(rate "$1")
+    [ "$1" = "$method" ] || longer="--steps 1200 --eval-every 200"
+    lr=$(rate "$method")
     if [ "$2" = 0 ] && [ -z "$tuning" ] && [ -f "$runs/$1-lr$lr/model.safetensors" ]; then  # the search has made it
         rm -rf "${runs:?}/$tag" && cp -r "$runs/$1-lr$lr" "$runs/$tag"
     else
-        log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $(flags "$1" "$2") --lr "$lr" >> "$results/log.txt"
+        log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$tag" --seed "$2" $stage2 $longer $(flags "$method" "$2") --lr "$lr" >> "$results/log.txt"
     fi
     log python evaluate.py --run "$runs/$tag" $evaluate "${@:3}" >> "$results/log.txt"
     cp "$runs/$tag/metrics.json" "$results/$tag.json"
