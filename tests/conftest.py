@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real data and a real LLM, where they are at hand; never part of the project
 
-# Tests run on the CPU, also where there is a GPU; those of tests/test_cuda.py put this back. CUDA looks at it once, after this.
-CUDA_VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+# Tests run on the CPU, also where there is a GPU; tests/test_cuda.py gives back what was visible. A worker of pytest-xdist inherits both.
+VISIBLE = os.environ.setdefault("CUDA_VISIBLE_BEFORE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import data  # noqa: E402

@@ -7,10 +7,10 @@ import sys
 import time
 
 import pytest
-from conftest import CUDA_VISIBLE_DEVICES, ROOT, SHAPE
+from conftest import ROOT, SHAPE, VISIBLE
 
 ENV = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-ENV |= {} if CUDA_VISIBLE_DEVICES is None else {"CUDA_VISIBLE_DEVICES": CUDA_VISIBLE_DEVICES}
+ENV |= {} if VISIBLE == "all" else {"CUDA_VISIBLE_DEVICES": VISIBLE}
 # runs a script; with an argument "fp16" in front on what it takes for a GPU without bf16
 RUN = """import runpy, sys, torch
 fp16 = sys.argv[1:2] == ["fp16"]
@@ -59,7 +59,7 @@ def test_both_stages_a_stop_and_the_scores_on_a_gpu(gpu, toy, tmp_path):
     assert gpu.dtype in gpu(*argv, "--out", ilm, "--resume")
     gpu(*argv, "--out", cpu, "--device", "cpu")
     for key in ("valid_sequential", "valid_straightforward", "valid_text"):
-        assert len(valid(ilm, key)) == 5 and valid(ilm, key) == pytest.approx(valid(cpu, key), abs=0.15)
+        assert len(valid(ilm, key)) == 5 and valid(ilm, key) == pytest.approx(valid(cpu, key), abs=0.3)
     found = []
     for device in ("cuda", "cpu"):
         gpu("evaluate.py", "--run", ilm, "--max-users", "40", "--max-texts", "20", "--device", device)
@@ -78,7 +78,7 @@ def test_the_llm_itself_trained_on_a_gpu(gpu, toy, tmp_path):
     gpu(*argv, "--out", tmp_path / "gpu")
     gpu(*argv, "--out", tmp_path / "cpu", "--device", "cpu")
     for key in ("valid_sequential", "valid_straightforward", "valid_text"):
-        assert valid(tmp_path / "gpu", key) == pytest.approx(valid(tmp_path / "cpu", key), abs=0.15)
+        assert valid(tmp_path / "gpu", key) == pytest.approx(valid(tmp_path / "cpu", key), abs=0.3)
 
 
 def test_more_processes_than_gpus_is_one_line(gpu, toy, tmp_path):
