@@ -35,7 +35,10 @@ def gpu(request, toy):
             time.sleep(0.01)
         if stop_when:
             process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
         assert process.returncode == status and "Traceback" not in err and "Warning" not in err, err
         return out
     run.dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[request.param]
