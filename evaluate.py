@@ -77,7 +77,7 @@ def reference_scores(dataset, split):
 
     pairs = torch.unique(pairs, dim=1)  # a repeated purchase counts once
     count = torch.bincount(pairs[1], minlength=I).float()
-    with torch.sparse.check_sparse_tensor_invariants():  # else torch warns
+    with torch.sparse.check_sparse_tensor_invariants():  # else torch 2.11 warns
         matrix = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (len(dataset.users), I)).coalesce()
     norm = torch.sqrt(count.clamp(min=1))[:, None]
 

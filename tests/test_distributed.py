@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 import data
 import train_stage1
 import train_stage2
+from assets.guard import InputError
+from assets.run import start_processes
 from ilm import build_ilm
 from qformer import QFormer, QFormerConfig
 
@@ -105,6 +107,15 @@ def test_both_stages_under_torchrun_write_one_run(toy, tmp_path):
     done = torchrun("train_stage1.py", "--data", toy, "--batch-size", 5, "--out", tmp_path / "odd")
     _, err = done.communicate()
     assert done.returncode != 0 and "--batch-size 5: not a multiple of the 2 processes" in err
+
+
+def test_more_processes_than_gpus_is_a_mistake_that_is_named(monkeypatch):
+    monkeypatch.setattr("assets.run.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match="--nproc_per_node 1, or --device cpu"):
+        start_processes(train_stage1.parse_args(["--batch-size", "8"]))
 
 
 def two_processes(toy, tmp_path):
