@@ -9,16 +9,18 @@ prepares both, and the collaborative-filtering (CF) vectors that the item-langua
     items.jsonl     line i is item i: {"id", "title", "text", "attributes"}          what a text can tell
     users.txt       line u is the original id of user u
     sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order     last = test, last but one = valid
-    cf.npz          user (U, E), item (I, E): implicit ALS on the training part       what interactions can tell
+    cf.npz          item (I, E): implicit ALS on the training part                    what interactions can tell
     tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no training loss sees their texts (titles
                     are ranked all the same; MovieLens's and Beauty's texts begin with them)
 
-Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole."""
+Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole.
+
+A user has no vector of their own: it is a function of a history, solved for *at a moment* (section "Users at a moment")."""
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,28 +33,35 @@ from assets.toy_world import toy_interactions, toy_world
 
 RANKING_TASKS = ("sequential", "straightforward")
 HISTORY = 20       # OpenP5: histories are cut to the last 20 items
+FORMAT = 2         # of a prepared folder; 1 had a table of users' vectors
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
 
-@dataclass
+@dataclass(eq=False)
 class Dataset:
-    """A prepared folder in memory: I items, U users, E CF dimensions. `user_cf` and `item_cf` are standardised."""
+    """A prepared folder in memory: I items, U users, E CF dimensions. Users' vectors are solved for when they are asked for."""
+
     path: Path
     meta: dict
-    items: list            # I dicts, see items.jsonl
-    users: list            # U original ids
-    indptr: np.ndarray     # (U+1,)
-    sequence: np.ndarray   # (nnz,)
-    user_cf: torch.Tensor  # (U, E)
-    item_cf: torch.Tensor  # (I, E)
-    raw_cf: tuple          # the same two as ALS left them: dot products are MF's scores
-    tasks: list            # dicts, see tasks.jsonl
+    items: list              # I dicts, see items.jsonl
+    users: list              # U original ids
+    indptr: np.ndarray       # (U+1,)
+    sequence: np.ndarray     # (nnz,)
+    item_cf: torch.Tensor    # (I, E) standardised: what encoders read
+    raw_cf: torch.Tensor     # (I, E) as ALS left them: a dot product with a raw user is MF's score
+    user_cf: torch.Tensor    # (U, E) raw, or None: users of another engine (--cf), which stand at every moment
+    user_stats: torch.Tensor # (2, E) mean and standard deviation of raw users at training moments
+    user_gram: torch.Tensor  # (E, E) X'X over all users by `all_of`: what a new item is folded in with
+    solver: "UserSolver"     # from histories to raw vectors
+    tasks: list              # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
-        """Item indices of one user in time order, up to what is predicted: without the last two for train and valid, the last for test."""
-        begin, end = self.indptr[user], self.indptr[user + 1] - {None: 0, "train": 2, "valid": 2, "test": 1}[split]
+        """Item indices of one user in time order, up to what is predicted: without the last two for
+        train and valid, the last for test."""
+        begin = self.indptr[user]
+        end = self.indptr[user + 1] - {None: 0, "train": 2, "valid": 2, "test": 1}[split]
         return self.sequence[begin:max(begin, end)]
 
     def target(self, user, split):
@@ -62,18 +71,60 @@ class Dataset:
         """Users with at least 3 interactions: one to learn from, one to validate, one to test."""
         return np.flatnonzero(np.diff(self.indptr) >= 3)
 
+    def users_at(self, users, split=None):
+        """Raw vectors (B, E) of users when the target of `split` is asked for; None: now."""
+        users = np.asarray(users, dtype=np.int64)
+        if self.user_cf is not None and (users < len(self.user_cf)).all():
+            return self.user_cf[users]
+        return self.solver.of_histories([self.items_of(u, split) for u in users])
+
+    def all_of(self, users):
+        """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
+        if self.user_cf is not None:
+            return self.user_cf[users]
+        still = UserSolver(self.raw_cf, replace(self.solver.settings, recency=1.0), self.solver.gram)
+        return still.of_histories([self.items_of(u, "train") for u in users])
+
+    def training_users(self, user, places):
+        """Raw vectors (n, E) of a user as a training target at each place (n,) of the history meets
+        them. No vector knows its target: it is folded in from what came before, or, where order does
+        not matter (recency 1), from all *other* training items, since short pasts make poor vectors."""
+        if self.user_cf is not None:
+            return self.user_cf[[int(user)] * len(places)]
+        history = self.items_of(user, "train")
+        if self.solver.recency < 1:
+            return self.solver.before(history, places)
+        return self.solver.without(history, places)
+
+    def moments(self, users, places):
+        """Raw vectors (n, E) of many users, each as a training target at one place meets them."""
+        if self.user_cf is None and self.solver.recency < 1:
+            pasts = [self.items_of(u, "train")[:place] for u, place in zip(users, places)]
+            return self.solver.of_histories(pasts)
+        rows = [self.training_users(u, [place]) for u, place in zip(users, places)]
+        return torch.cat(rows) if rows else torch.zeros(0, self.raw_cf.shape[1])
+
+    def standard_users(self, raw):
+        """Raw users (..., E) as encoders read them."""
+        mean, deviation = self.user_stats
+        return (raw - mean) / deviation
+
     def items_in(self, split):
-        """Items with a text whose text belongs to train, valid or test; the last two are held out of every training loss."""
+        """Items with a text whose text belongs to train, valid or test; the last two are held out of
+        every training loss."""
         held_out = {s: set(self.meta["held_out"][s]) for s in ("valid", "test")}
         train = set(range(len(self.items))) - held_out["valid"] - held_out["test"]
         return [i for i in sorted(held_out.get(split, train)) if self.items[i]["text"]]
 
 
 def standardise(x, known=None):
-    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its rows that CF has seen (not all zeros)."""
+    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its rows
+    that CF has seen (not all zeros)."""
     known = x if known is None else known
     seen = known[known.abs().sum(1) > 0]
-    return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6) if len(seen) > 1 else x
+    if len(seen) < 2:
+        return x
+    return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6)
 
 
 def load_dataset(path):
@@ -84,18 +135,23 @@ def load_dataset(path):
     lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
     with reading(path, "not what data.py writes; prepare the folder again"):
         meta = json.loads((path / "meta.json").read_text())
+        if meta.get("format") != FORMAT:
+            raise InputError(f"{path}: prepared by another version of data.py (format {meta.get('format', 1)}, now {FORMAT}); prepare it again")
         for name, sha in meta["sha256"].items():
             if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
                 raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
         arrays = {**np.load(path / "sequences.npz", allow_pickle=False), **np.load(path / "cf.npz", allow_pickle=False)}
         items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
         users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
-        raw = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
+        raw, stats = torch.from_numpy(arrays["item"]), torch.from_numpy(arrays["user_stats"])
+        user = torch.from_numpy(arrays["user"]) if "user" in arrays else None
+        solver = UserSolver(raw, CFSettings(**meta["cf"]["settings"]))
         unsafe = any(CONTROL.search(text) for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))])
-        sizes = (len(indptr) - 1, len(raw[1]), indptr[-1]) == (len(raw[0]), len(items), len(sequence)) and (sequence < len(items)).all()
+        counts = (len(users), len(raw), len(sequence), len(users if user is None else user))
+        sizes = counts == (len(indptr) - 1, len(items), indptr[-1], len(users)) and (sequence < len(items)).all()
         if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
             raise ValueError("its files do not belong together, or have control characters")
-        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw[0]), standardise(raw[1]), raw, tasks)
+        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw), raw, user, stats, torch.from_numpy(arrays["user_gram"]), solver, tasks)
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------
@@ -132,55 +188,170 @@ def training_part(indptr):
 
 # ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
 
-def length_batches(rows, columns, num_rows, pad, budget=1 << 15):
-    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length, filled up with `pad`, at most
-    `budget` entries together (a single longer row apart), so that als_solve works in the processor's cache."""
+def length_batches(rows, columns, num_rows, pad, budget=1 << 15, max_rows=512):
+    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length,
+    each in its own order, filled up with `pad`, at most `budget` entries together (a single longer row
+    apart), so that als_solve works in the processor's cache. Rows without interactions are left out."""
     lengths = torch.bincount(rows, minlength=num_rows)
-    order = torch.argsort(lengths)                                                # row numbers, the shortest first
-    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()  # sorted by row; the last entry is the padding
-    begin = lengths.cumsum(0) - lengths                                           # where each row's columns begin
+    order = torch.argsort(lengths)  # row numbers, the shortest first
+    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()  # by row, then the padding
+    begin = lengths.cumsum(0) - lengths  # where each row's columns begin
     start, batches = int((lengths == 0).sum()), []
     while start < num_rows:
-        longest = lengths[order[start:start + budget]]                            # of the first 1, 2, 3 ... rows that are left
+        longest = lengths[order[start:start + max_rows]]  # of the first 1, 2, 3 ... rows that are left
         fits = int((longest * torch.arange(1, len(longest) + 1) <= budget).sum())
         some = order[start:start + max(1, fits)]
         offset = torch.arange(int(lengths[some[-1]]))
-        batches.append((some, columns[torch.where(offset < lengths[some, None], begin[some, None] + offset, len(columns) - 1)]))
+        place = torch.where(offset < lengths[some, None], begin[some, None] + offset, len(columns) - 1)
+        batches.append((some, columns[place]))
         start += len(some)
     return batches
 
 
-def als_solve(fixed, batches, num_rows, alpha, reg):
-    """Least-squares vectors of one side given the other's, fixed (N, E) -> (num_rows, E). For each row with the columns S, solve
+@dataclass(frozen=True)
+class CFSettings:
+    """What vectors are solved with. They are chosen by choose_cf, or fixed by flags."""
 
-        (Y'Y + alpha * sum_{i in S} y_i y_i' + reg * 1) x = (1 + alpha) * sum_{i in S} y_i
+    dim: int = 24
+    alpha: float = 2.0  # extra weight of an observed pair
+    reg: float = 1.0
+    a0: float = 0.0  # 0: reg is flat; else a row has reg * (its weight + a0 * N), N rows on the other side
+    recency: float = 1.0  # d: an item that lies j steps back weighs d ** j; 1: order does not matter
 
-    Column N, the padding, is a vector of zeros; a row without interactions gets one too. One new row is the fold-in of a new user."""
-    E = fixed.shape[1]
-    gram, fixed, out = fixed.T @ fixed + reg * torch.eye(E), F.pad(fixed, (0, 0, 0, 1)), torch.zeros(num_rows, E)
+    def ridge(self, weight, N):
+        """What stands on the diagonal for rows whose interactions weigh `weight` (R,) in all. The scaled
+        form is iALS's of Rendle et al. 2021."""
+        if not self.a0:
+            return torch.full_like(weight, self.reg)
+        return self.reg * (weight + self.a0 * N)
+
+
+def solve_rows(gram, S, b, weight, settings, N):
+    """Vectors (R, E) from their sums over weighted interactions: S (R, E, E) of w y y', b (R, E) of
+    w y, weight (R,) of w. A row without interactions gets zeros.
+
+        (Y'Y + alpha * S + ridge * 1) x = (1 + alpha) * b"""
+    A = torch.add(gram, S, alpha=settings.alpha)
+    A.diagonal(dim1=1, dim2=2).add_(settings.ridge(weight, N)[:, None])
+    return torch.cholesky_solve((1 + settings.alpha) * b[..., None], torch.linalg.cholesky(A))[..., 0]
+
+
+def solve_short_rows(Z, eigenvalues, w, settings, N):
+    """The same for rows of L < E interactions, by an L x L system. Z (R, L, E): their y in the basis in
+    which Y'Y is diagonal, w (R, L): their weights. By the push-through identity, with G = Y'Y + ridge
+    and V = sqrt(w) y:   x = (1 + alpha) * G^-1 V' (1 + alpha V G^-1 V')^-1 sqrt(w)"""
+    root = w.sqrt()
+    V = Z * root[..., None]
+    G = eigenvalues + settings.ridge(w.sum(1), N)[:, None]  # (R, E)
+    V_over_G = V / G[:, None]
+    K = torch.bmm(V, V_over_G.transpose(1, 2)).mul_(settings.alpha)  # (R, L, L)
+    K.diagonal(dim1=1, dim2=2).add_(1)
+    inner = torch.cholesky_solve(root[..., None], torch.linalg.cholesky(K))
+    return (1 + settings.alpha) * (V_over_G * inner).sum(1)
+
+
+def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
+    """Least-squares vectors of one side given the other's, fixed (N, E) -> (num_rows, E). batches:
+    length_batches; column N is the padding, a vector of zeros. recency: columns are in time order, and
+    one that lies j steps before its row's last weighs recency ** j. gram (E, E): Y'Y, if it is known."""
+    N, E = fixed.shape
+    gram, out = fixed.T @ fixed if gram is None else gram, torch.zeros(num_rows, E)
+    eigenvalues, basis = torch.linalg.eigh(gram)
+    padded = F.pad(fixed, (0, 0, 0, 1))
+    rotated = padded @ basis
     for rows, columns in batches:
-        Y = F.embedding(columns, fixed)                                           # (R, L, E)
-        A = torch.baddbmm(gram, Y.transpose(1, 2), Y, alpha=alpha)                # (R, E, E)
-        out[rows] = torch.cholesky_solve((1 + alpha) * Y.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
+        L = columns.shape[1]
+        real = columns < N  # (R, L)
+        w = real.float()
+        if recency < 1:
+            age = real.sum(1, keepdim=True) - 1 - torch.arange(L)
+            w = recency ** age.clamp(min=0) * real
+        if 2 * L < E:
+            Z = F.embedding(columns, rotated)  # (R, L, E)
+            out[rows] = solve_short_rows(Z, eigenvalues.clamp(min=0), w, settings, N) @ basis.T
+        else:
+            Y = F.embedding(columns, padded)
+            weighted = Y * w[..., None] if recency < 1 else Y
+            S = torch.bmm(weighted.transpose(1, 2), Y)
+            out[rows] = solve_rows(gram, S, weighted.sum(1), w.sum(1), settings, N)
     return out
 
 
-def fold_in(fixed, sequence, alpha=2.0, reg=1.0):
-    """als_solve for one row without retraining: the vectors (N, E) of the other side, which of them it chose (n,) -> its vector (E,)."""
-    columns = torch.as_tensor(np.asarray(sequence, dtype=np.int64))[None]
-    return als_solve(fixed, [([0], columns)], 1, alpha, reg)[0]
-
-
-def train_cf(users, items, num_users, num_items, dim, alpha=2.0, reg=1.0, iterations=15, seed=0):
-    """users, items (nnz,): the training interactions alone -> float32 vectors (U, E), (I, E). alpha: extra weight of an observed pair."""
+def train_cf(users, items, num_users, num_items, settings, iterations=15, seed=0):
+    """Item vectors (I, E) by implicit ALS. users, items (nnz,): the training interactions alone. Order
+    plays no part here; the users' side is thrown away."""
     users, items = torch.as_tensor(users), torch.as_tensor(items)
-    by_user, by_item = length_batches(users, items, num_users, num_items), length_batches(items, users, num_items, num_users)
-    item_cf = torch.randn(num_items, dim, generator=torch.Generator().manual_seed(seed)) * dim**-0.5
-    item_cf[torch.bincount(items, minlength=num_items) == 0] = 0  # an item that training never saw has no vector and lends nothing
+    by_user = length_batches(users, items, num_users, num_items)
+    by_item = length_batches(items, users, num_items, num_users)
+    generator = torch.Generator().manual_seed(seed)
+    item_cf = torch.randn(num_items, settings.dim, generator=generator) * settings.dim**-0.5
+    item_cf[torch.bincount(items, minlength=num_items) == 0] = 0  # never seen in training: lends nothing
     for _ in range(iterations):
-        user_cf = als_solve(item_cf, by_user, num_users, alpha, reg)
-        item_cf = als_solve(user_cf, by_item, num_items, alpha, reg)
-    return user_cf, item_cf
+        user_cf = als_solve(item_cf, by_user, num_users, settings)
+        item_cf = als_solve(user_cf, by_item, num_items, settings)
+    return item_cf
+
+
+# ---- Users at a moment -----------------------------------------------------------------------------------------------
+
+class UserSolver:
+    """From a history to a user's vector: one row of ALS, with the item vectors (I, E) fixed.
+
+    The same for training, validation, test, conversation and new users. A user is asked at a moment, and
+    their vector knows what came before it, the last item more than those that lie back:
+
+        w_j = recency ** (steps that j lies back)
+        (Y'Y + alpha * sum w_j y_j y_j' + ridge * 1) x = (1 + alpha) * sum w_j y_j"""
+
+    def __init__(self, item_cf, settings, gram=None):
+        self.item_cf, self.settings, self.recency = item_cf, settings, settings.recency
+        self.gram = item_cf.T @ item_cf if gram is None else gram
+
+    def of_histories(self, histories):
+        """Item indices in time order, a list of B arrays -> (B, E); an empty one gives zeros."""
+        lengths = torch.tensor([len(h) for h in histories], dtype=torch.long)
+        rows = torch.repeat_interleave(lengths)
+        columns = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64))
+        batches = length_batches(rows, columns, len(histories), len(self.item_cf))
+        return als_solve(self.item_cf, batches, len(histories), self.settings, self.recency, self.gram)
+
+    def before(self, history, places):
+        """One user's history (H,) -> their vectors (n, E) before each place (n,) of it. The n prefixes
+        share their sums: from one place to the next, S <- d ** steps * S + sum of w y y'."""
+        places = torch.as_tensor(np.asarray(places, dtype=np.int64))
+        Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
+        E, now = Y.shape[1], 0
+        S, b, weight = torch.zeros(E, E), torch.zeros(E), torch.zeros(())
+        sums = {}
+        for place in places.unique().tolist():  # sorted
+            steps = place - now
+            w = self.recency ** torch.arange(steps - 1, -1, -1)
+            new = Y[now:place]
+            S = self.recency**steps * S + (new * w[:, None]).T @ new
+            b = self.recency**steps * b + w @ new
+            weight = self.recency**steps * weight + w.sum()
+            sums[place], now = (S, b, weight), place
+        S, b, weight = (torch.stack(part) for part in zip(*(sums[place] for place in places.tolist())))
+        return solve_rows(self.gram, S, b, weight, self.settings, len(self.item_cf))
+
+    def without(self, history, places):
+        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,)."""
+        Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
+        own = Y[torch.as_tensor(np.asarray(places, dtype=np.int64))]
+        S = Y.T @ Y - own[:, :, None] * own[:, None, :]
+        weight = torch.full((len(own),), len(Y) - 1.0)
+        return solve_rows(self.gram, S, Y.sum(0) - own, weight, self.settings, len(self.item_cf))
+
+
+def training_moments(indptr, count, seed=0):
+    """Up to `count` random training targets -> users (n,), places in their histories (n,). The first
+    item of a user is never a target."""
+    random = np.random.default_rng([seed, 7])
+    targets = np.maximum(np.diff(indptr) - 3, 0)  # all but the first of the training part
+    ends = targets.cumsum()
+    chosen = np.sort(random.permutation(ends[-1])[:count]) if len(ends) else np.zeros(0, dtype=int)
+    users = np.searchsorted(ends, chosen, side="right")
+    return users, chosen - (ends - targets)[users] + 1
 
 
 # ---- Names, prompts, text tasks, held-out items ----------------------------------------------------------------------
@@ -231,6 +402,18 @@ def load_prompts(path=None):
                 raise InputError(f"{path}, line {number}: a prompt of {fields[0]} cannot have {{{min(strange)}}}, only {' '.join(allowed)}")
             templates.append(tuple(fields))
     return templates
+
+
+def ranking_templates(path, name):
+    """{(task, "seen" or "unseen"): [prompt, ...]} of the ranking tasks for the data set of that name."""
+    lines = load_prompts(path)
+    found = {}
+    for task in RANKING_TASKS:
+        for prompts in ("seen", "unseen"):
+            found[task, prompts] = [t[2].replace("{dataset}", name) for t in lines if t[:2] == (task, prompts)]
+            if not found[task, prompts]:
+                raise InputError(f"--prompts {path}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
+    return found
 
 
 def item_split(name, item_id):
@@ -293,9 +476,26 @@ def read_source(args):
     return *log, table
 
 
+def first_of_each(*columns):
+    """True at the rows (nnz,) that no earlier row equals in all columns."""
+    order = np.lexsort(columns)  # stable: of equal rows the first of the file comes first
+    again = np.ones(len(order), dtype=bool)
+    for column in columns:
+        again[1:] &= column[order][1:] == column[order][:-1]
+    again[:1] = False
+    first = np.ones(len(order), dtype=bool)
+    first[order[again]] = False
+    return first
+
+
 def filter_and_sort(user_ids, item_ids, times, args):
-    """k-core, sample of users, time order -> original ids of users and items, and codes (nnz,) sorted by user, then time."""
+    """Repeats dropped, k-core, sample of users, time order -> original ids of users and items, and codes
+    (nnz,) sorted by user, then time."""
     users, items = (np.unique(ids, return_inverse=True)[1] for ids in (user_ids, item_ids))
+    first = first_of_each(users, items, times)
+    if not first.all():  # a log that says an event twice would put test items into the training part
+        print(f"note: {(~first).sum():,} interactions repeat another (same user, item and time); each counts once")
+        user_ids, item_ids, times, users, items = (x[first] for x in (user_ids, item_ids, times, users, items))
     keep = k_core(users, items, args.min_count)
     if args.max_users and args.dataset != "toy":
         keep &= np.isin(users, np.random.default_rng(args.seed).permutation(np.unique(users[keep]))[:args.max_users])
@@ -307,6 +507,37 @@ def filter_and_sort(user_ids, item_ids, times, args):
     return user_names.astype(str).tolist(), item_names.astype(str).tolist(), users[order], items[order]
 
 
+def find_cf(users, items, indptr, num_items, args):
+    """-> item vectors (I, E), users' own vectors (U, E) of another engine or None, settings, and what
+    validation said of them (for meta.json). users, items (nnz,): all interactions, by user and time."""
+    from assets.choose_cf import choose_cf  # it needs this file
+    train = training_part(indptr)
+    if not args.cf:
+        settings, measured = choose_cf(users, items, indptr, num_items, args)
+        item_cf = train_cf(users[train], items[train], len(indptr) - 1, num_items, settings, seed=args.seed)
+        return item_cf, None, settings, measured
+    user_cf, item_cf = load_cf(args.cf, len(indptr) - 1, num_items)
+    if user_cf is not None:
+        return item_cf, user_cf, CFSettings(dim=item_cf.shape[1]), {}
+    settings, measured = choose_cf(users, items, indptr, num_items, args, item_cf)
+    return item_cf, None, settings, measured
+
+
+def user_statistics(solver, user_cf, sequence, indptr, count=10_000):
+    """Mean and standard deviation (2, E) of raw users at `count` training moments."""
+    moments = training_moments(indptr, count)
+    if user_cf is not None:
+        raw = user_cf
+    elif solver.recency < 1:
+        raw = solver.of_histories([sequence[indptr[u]:indptr[u] + place] for u, place in zip(*moments)])
+    else:
+        raw = [solver.without(sequence[indptr[u]:indptr[u + 1] - 2], [place]) for u, place in zip(*moments)]
+        raw = torch.cat(raw) if raw else torch.zeros(0, solver.item_cf.shape[1])
+    if len(raw) < 2:
+        return torch.stack([torch.zeros(solver.item_cf.shape[1]), torch.ones(solver.item_cf.shape[1])])
+    return torch.stack([raw.mean(0), raw.std(0).clamp(min=1e-6)])
+
+
 def prepare(args):
     """The whole of this file in order: read, filter, sort, index, train CF, make text tasks, write."""
     *log, table = read_source(args)
@@ -315,16 +546,23 @@ def prepare(args):
     indptr = np.concatenate([[0], np.bincount(users, minlength=U).cumsum()])
     lengths = np.diff(indptr)
     print(f"{args.dataset}: {U:,} users, {I:,} items, {len(users):,} interactions")
-    train = training_part(indptr)
-    vectors = load_cf(args.cf, U, I) if args.cf else train_cf(users[train], items[train], U, I, args.cf_dim, seed=args.seed)
+    item_cf, user_cf, settings, measured = find_cf(users, items, indptr, I, args)
+    solver = UserSolver(item_cf, settings)
+    stats = user_statistics(solver, user_cf, items, indptr)
+    X = user_cf
+    if X is None:
+        train = training_part(indptr)
+        owner, chosen = torch.as_tensor(np.repeat(np.arange(U), lengths)[train]), torch.as_tensor(items[train])
+        X = als_solve(item_cf, length_batches(owner, chosen, U, I), U, settings)
+    gram = X.T @ X
     catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids]
     if renamed := unique_titles(catalogue):
         print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
     splits = [item_split(Path(args.out).name, x) for x in item_ids]
-    tasks = text_tasks(catalogue, splits, load_prompts(), vectors[1], args.seed)
-    meta = {"name": Path(args.out).name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
+    tasks = text_tasks(catalogue, splits, load_prompts(), item_cf, args.seed)
+    meta = {"format": FORMAT, "name": Path(args.out).name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
             "min_count": args.min_count, "users": U, "items": I, "interactions": len(users), "short_users": int((lengths < 3).sum()),
-            "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "dim": vectors[0].shape[1]},
+            "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "settings": asdict(settings), **measured},
             "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")}}
 
     def write(folder):
@@ -332,7 +570,8 @@ def prepare(args):
         for file, text in (("items.jsonl", jsonl(catalogue)), ("tasks.jsonl", jsonl(tasks)), ("users.txt", "\n".join([*user_ids, ""]))):
             (folder / file).write_text(text, encoding="utf-8")
         np.savez(folder / "sequences.npz", indptr=indptr, items=items.astype(np.int32))
-        np.savez(folder / "cf.npz", user=vectors[0].numpy(), item=vectors[1].numpy(), settings=json.dumps(meta["cf"]))
+        own = {} if user_cf is None else {"user": user_cf.numpy()}
+        np.savez(folder / "cf.npz", item=item_cf.numpy(), user_stats=stats.numpy(), user_gram=gram.numpy(), **own)
         meta["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     write_atomically(args.out, write)
@@ -345,8 +584,11 @@ def parse_args(argv=None):
     p.add_argument("--source", help="folder with the raw files")
     p.add_argument("--items", help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)")
     p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
-    p.add_argument("--cf", help="your own CF vectors (.npz with user and item) in place of ALS")
-    p.add_argument("--cf-dim", type=within(int, 1, 4096), default=24, help="width E of the CF vectors [24]")
+    p.add_argument("--cf", help="your own CF vectors (.npz with item, and perhaps user) in place of ALS")
+    p.add_argument("--cf-dim", type=within(int, 1, 4096), help="width E of the CF vectors [chosen on validation]")
+    p.add_argument("--recency", type=within(float, 0.01, 1), help="weight of an item a step back; 1: order does not matter [chosen]")
+    p.add_argument("--reg", type=within(float, 1e-6), help="regularisation of CF: flat, or with --a0 a row's weight times it [chosen]")
+    p.add_argument("--a0", type=within(float, 0), help="with --reg: what the empty part of a row weighs [0: flat]")
     p.add_argument("--min-count", type=within(int, 1), default=5, help="drop users and items with fewer interactions, iterated [5]")
     p.add_argument("--max-users", type=within(int, 1), help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
     p.add_argument("--seed", type=a_seed, default=0, help="users and interactions of the toy world, start of ALS [0]")

@@ -8,6 +8,7 @@
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder."""
+import copy
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,11 +23,22 @@ from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.later import extend
 from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
-from data import SOFT, item_names, load_dataset
+from data import HISTORY, RANKING_TASKS, SOFT, item_names, load_dataset, ranking_templates, training_moments, training_part
 from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
-SOFT_BASE = 1 << 24   # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (item i is i, user u is I + u)
+SOFT_BASE = 1 << 24  # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (see Prompt)
+START_TEMPERATURE = 0.4  # of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
+PRIORS = ("popularity", "uniform", "none")
+
+
+class Prompt(list):
+    """Token ids, and the standardised CF vectors [(E,), ...] that they mention beside the catalogue's: entity i < I is item i, entity
+    I + n is cf[n]: a user at a moment, a mixture of items. So a user is nothing that the model knows: their vector travels along."""
+
+    def __init__(self, ids=(), cf=()):
+        super().__init__(ids)
+        self.cf = list(cf)
 
 
 # ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
@@ -66,16 +78,26 @@ class Trie:
         self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
         self.span, self.order = torch.tensor(span), torch.tensor(order)
         self.num_items, self.renormalize = len(names), renormalize
+        # `vocabulary` (W,): the tokens that names consist of; child n's is vocabulary[column[n]]
+        self.vocabulary, column = torch.unique(self.token[1:], return_inverse=True)
+        self.column = nn.functional.pad(column, (1, 0))
 
     def children(self, node):
         """All children of nodes (N,) -> which of the N is the parent (M,), the child (M,)."""
         count, parent = self.count[node], torch.repeat_interleave(self.count[node])
         return parent, (self.first[node] + count - count.cumsum(0))[parent] + torch.arange(len(parent), device=node.device)
 
+    def sums(self, values):
+        """values (I,) of items -> the sum of them below each node (nodes,)."""
+        total = nn.functional.pad(values[self.order].double().cumsum(0), (1, 0))
+        return total[self.span[:, 1]] - total[self.span[:, 0]]
+
     def to(self, device):
-        for name in ("first", "count", "token", "item", "span", "order"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
+        """A copy there."""
+        there = copy.copy(self)
+        for name in ("first", "count", "token", "item", "span", "order", "vocabulary", "column"):
+            setattr(there, name, getattr(self, name).to(device))
+        return there
 
 
 def segment_logsumexp(x, segment, num_segments):
@@ -118,20 +140,27 @@ def packed_attention(batch):
 
 
 def unpacked(batch):
-    """Yield every branch of packed rows as an example of its own, in order: prompt ids (P,), target ids (T,), trie nodes (T,)."""
-    for ids, position, branch, attach, label, node in zip(*(batch[k] for k in ("ids", "position", "branch", "attach", "label", "node"))):
+    """Yield every branch of packed rows as an example of its own, in order: where its prompt stands in the rows, laid end to end (P,),
+    and its target ids (T,)."""
+    parts = zip(*(batch[k] for k in ("ids", "position", "branch", "attach", "label")))
+    for row, (ids, position, branch, attach, label) in enumerate(parts):
         for number in range(1, int(branch.max()) + 1):
             own = (branch == number).nonzero()[:, 0]
             first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
-            trunk = ids[(branch == 0) & (position < attach[own[0]])]
-            yield torch.cat([trunk, ids[own[:first + 1]]]), label[own[first:]], node[own[first:]]
+            trunk = ((branch == 0) & (position < attach[own[0]])).nonzero()[:, 0]
+            yield row * len(ids) + torch.cat([trunk, own[:first + 1]]), label[own[first:]]
+
+
+def shifted(ids, count, num_items, Q):
+    """ids of a Prompt, whose vectors come after `count` others: entity I + n becomes I + n + count."""
+    own = SOFT_BASE + num_items * Q
+    return [i + count * Q if i >= own else i for i in ids]
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 class ILM(nn.Module, Portable):
-    """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I + U, E): the vectors of items, then of users, then of
-    whatever add() was given."""
+    """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I, E): the standardised vectors of the items."""
 
     def __init__(self, llm, tokenizer, encoder, dataset, config):
         super().__init__()
@@ -142,20 +171,76 @@ class ILM(nn.Module, Portable):
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
         self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
-        self.register_buffer("cf", torch.cat([dataset.item_cf, dataset.user_cf]), persistent=False)
+        self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
+        self.shuffled = False
         if config.get("shuffle_cf"):
             self.shuffle_cf()
         self.name_ids = [self.target_ids(name) for name in self.names]
-        self.names_trie, self.reserve = Trie(self.name_ids), max(64, *map(len, self.name_ids))  # tokens kept free for an answer
+        self.names_trie, self.device_trie = Trie(self.name_ids), None
+        self.reserve = max(64, *map(len, self.name_ids))  # tokens kept free for an answer
         tokenizer.add_tokens([SOFT], special_tokens=True)
         self.soft_id, self.zero_soft = tokenizer.convert_tokens_to_ids(SOFT), False  # zero_soft: a control of evaluate.py
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
+        self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
         if encoder is not None:
             self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else Adapter(self.Q, encoder.width, self.hidden)
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
+
+    def set_prior(self, prior, temperature):
+        """The prior in the trie. Each child has a fixed number, log_count[child], the log of 1 + the training purchases of each item
+        below it, summed ("uniform": of the number of items below it), and the LLM's own opinion of its token, `base` (2, nodes), one a
+        ranking task, is taken out (calibrate). What is left of the LLM is heard by the factor tau:
+
+            logit' = log_count[child] + tau * (logit - base[task, child])
+
+        So an ILM starts at popularity, in place of a frozen LLM's opinion of titles, which would have to be unlearned first. DEVIATION:
+        the paper has no such thing."""
+        purchases = torch.zeros(self.num_items)
+        if prior == "popularity":
+            known = training_part(self.dataset.indptr)
+            bought = torch.as_tensor(self.dataset.sequence[known].astype(np.int64))
+            purchases = torch.bincount(bought, minlength=self.num_items)[:self.num_items].float()
+        nodes = len(self.names_trie.token)
+        below = self.names_trie.sums(1 + purchases).log().float()
+        self.register_buffer("log_count", torch.zeros(nodes) if prior == "none" else below, persistent=False)
+        self.base = nn.Parameter(torch.zeros(len(RANKING_TASKS), nodes), requires_grad=False)
+        learned = temperature == "learned" and (self.encoder is not None or self.train_llm)
+        self.tau = nn.Parameter(torch.tensor(START_TEMPERATURE if learned else 1.0), requires_grad=learned)
+
+    @torch.no_grad()
+    def calibrate(self, count=10, chunk=500):
+        """Set `base`: the LLM's mean logit for each child's token after at most `count` seen prompts of each ranking task, with soft tokens
+        of zero and the histories of users that stand at even distances. Names are read `chunk` at a time."""
+        templates = ranking_templates(self.config.get("prompts"), self.dataset.meta["name"])
+        users, trie = self.dataset.eligible(), self.trie()
+        zero, self.zero_soft = self.zero_soft, True
+        for number, task in enumerate(RANKING_TASKS):
+            asked = templates[task, "seen"][:count]
+            some = users[np.linspace(0, len(users) - 1, len(asked)).astype(int)] if len(users) else [None] * len(asked)
+            prompts = []
+            for template, user in zip(asked, some):
+                history = [] if task == "straightforward" or user is None else self.dataset.items_of(user, "train")[-HISTORY:]
+                prompts.append(self.prompt_ids(template, user, history, cf=torch.zeros(self.cf.shape[1])))
+            total, times = torch.zeros(2, len(trie.token), device=self.cf.device)
+
+            def hear(child, logit):
+                total.index_add_(0, child, logit)
+                times.index_add_(0, child, torch.ones_like(logit))
+
+            for items in trie.order.split(chunk):
+                others = torch.ones(len(asked), self.num_items, dtype=torch.bool, device=self.cf.device)
+                others[:, items] = False
+                with self.autocast():
+                    self.rank(prompts, trie, 0, others, hear=hear)
+            self.base[number] = total / times.clamp(min=1)
+        self.zero_soft = zero
+
+    def among_children(self, logit, child, task):
+        """The LLM's logits of children's tokens (M,) -> those by which p is divided among them (M,)."""
+        return self.log_count[child] + self.tau * (logit - self.base[task, child])
 
     def train(self, mode=True):
         """A frozen LLM stays in eval mode, whatever its parent does: its dropout would be noise that nothing can learn from."""
@@ -180,37 +265,41 @@ class ILM(nn.Module, Portable):
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
         if not isinstance(self.encoder, MLPEncoder):  # of many, some thousands of items and users will do
-            self.adapter.whiten_(self.encoder.eval().encode(self.cf[::len(self.cf) // 10000 + 1]).flatten(0, 1))
+            users = self.dataset.moments(*training_moments(self.dataset.indptr, 2_000))
+            some = torch.cat([self.cf[::self.num_items // 5_000 + 1], self.dataset.standard_users(users).to(self.cf)])
+            self.adapter.whiten_(self.encoder.eval().encode(some).flatten(0, 1))
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
 
     def shuffle_cf(self):
-        """A control: the CF vectors of all items are dealt out anew at random, and those of all users; the same for every seed."""
+        """A control: the CF vectors of all items are dealt out anew at random, and every user gets a stranger's; the same for every seed."""
         random = np.random.default_rng(0)
-        order = np.concatenate([random.permutation(self.num_items), self.num_items + random.permutation(len(self.cf) - self.num_items)])
-        self.cf.copy_(self.cf[torch.from_numpy(order).to(self.cf.device)])
-
-    def add(self, cf):
-        """One more CF vector (E,), standardised: of a new user, a mixture of items ... -> the entity that prompts may mention."""
-        self.cf = torch.cat([self.cf, cf[None].to(self.cf)])
-        return len(self.cf) - 1
+        order = torch.from_numpy(random.permutation(self.num_items)).to(self.cf.device)
+        self.cf.copy_(self.cf[order])
+        self.shuffled = True
 
     # -- prompts
 
-    def prompt_ids(self, template, user=None, history=(), items=(), named=True):
-        """Fill {user}, {history} and {item} -> token ids in which soft tokens are SOFT_BASE + entity * Q + q.
+    def prompt_ids(self, template, user=None, history=(), items=(), named=True, cf=None, guests=()):
+        """Fill {user}, {history} and {item} -> a Prompt, in which soft tokens are SOFT_BASE + entity * Q + q.
 
-        {item:7}, {user:7} and {history:7,8} say themselves whom they mean, by index (an item from add() has no name). The text is
-        tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
+        user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and {history:7,8} say themselves whom they
+        mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name. The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
         its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
         conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
         tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
         turns, chat = [template] if isinstance(template, str) else template, self.tokenizer.chat_template
         while True:
-            entities, queue = [], list(items)
+            entities, queue, vectors = [], list(items), list(guests)
 
             def soft(entity):
                 entities.append(entity)
                 return SOFT * self.Q if self.encoder is not None else ""
+
+            def person(number, vector=None):
+                if self.encoder is None:
+                    return self.dataset.users[number] if number is not None else ""
+                vectors.append(self.dataset.standard_users(self.dataset.users_at([number]))[0] if vector is None else vector)
+                return soft(self.num_items + len(vectors) - 1)
 
             def mention(item, with_name=True):
                 return (self.names[item] if with_name and not tokens_only and item < self.num_items else "") + soft(item)
@@ -218,8 +307,7 @@ class ILM(nn.Module, Portable):
             def fill(match):
                 given = [int(i) for i in match[2].split(",")] if match[2] else None
                 if match[1] == "user":
-                    person = given[0] if given else user
-                    return f"user {soft(self.num_items + person) or ''.join(self.dataset.users[person:person + 1])}"
+                    return f"user {person(*given) if given else person(user, cf)}"
                 if match[1] == "item":
                     return mention(given[0] if given else queue.pop(0), named) or "this item"
                 return ", ".join(mention(int(i)) for i in given or history)
@@ -241,7 +329,7 @@ class ILM(nn.Module, Portable):
         if not 0 < len(ids) <= self.context - self.reserve:
             raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
                              f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}")
-        return ids
+        return Prompt(ids, vectors)
 
     def target_ids(self, text):
         """What follows a prompt: after a space, unless it is the reply in a chat, or the tokenizer puts one before every text."""
@@ -251,22 +339,34 @@ class ILM(nn.Module, Portable):
 
     # -- forward
 
-    def soft_tokens(self, entities):
-        """Indices of items and users (N,) -> their soft tokens (N, Q, hidden)."""
-        tokens = self.adapter(self.encoder.encode(self.cf[entities])) * self.soft_scale
+    def soft_tokens(self, cf):
+        """Standardised CF vectors (N, E) of items or users -> their soft tokens (N, Q, hidden)."""
+        tokens = self.adapter(self.encoder.encode(cf)) * self.soft_scale
         return tokens * 0 if self.zero_soft else tokens
 
-    def embed(self, ids):
+    def soft_index(self, ids, cf):
+        """Where the soft tokens of ids (B, L) stand and what they are, worked out on the CPU, so that the device is never asked.
+        cf [(E,), ...]: the vectors of entities I, I + 1, ... -> a dict of tensors, empty where there is no soft token."""
+        flat = ids.flatten()
+        place = (flat >= SOFT_BASE).nonzero()[:, 0]
+        if not len(place):
+            return {}
+        slot = flat[place] - SOFT_BASE
+        entity, inverse = torch.unique(slot // self.Q, return_inverse=True)  # each is encoded once, however often it occurs
+        guests = entity[entity >= self.num_items] - self.num_items           # sorted, so that they come last
+        vectors = torch.stack([cf[n] for n in guests.tolist()]) if len(guests) else torch.zeros(0, self.cf.shape[1])
+        return {"soft_place": place, "soft_token": inverse * self.Q + slot % self.Q, "soft_item": entity[entity < self.num_items],
+                "soft_cf": vectors}
+
+    def embed(self, ids, soft=None):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft tokens from the item encoder.
-        Each item or user is encoded once, however often it occurs in the batch."""
-        is_soft = ids >= SOFT_BASE
-        embeddings = self.llm.get_input_embeddings()(ids.masked_fill(is_soft, 0))
-        if is_soft.any():
-            slots = ids[is_soft] - SOFT_BASE
-            entities, inverse = torch.unique(slots // self.Q, return_inverse=True)
-            tokens = self.soft_tokens(entities).flatten(0, 1).index_select(0, inverse * self.Q + slots % self.Q)
-            embeddings = embeddings.index_put((is_soft,), tokens.to(embeddings.dtype))
-        return embeddings
+        soft: soft_index of the ids, by now on the device; without it there are words alone."""
+        if not soft or "soft_place" not in soft:
+            return self.llm.get_input_embeddings()(ids)
+        words = self.llm.get_input_embeddings()(ids.masked_fill(ids >= SOFT_BASE, 0))
+        tokens = self.soft_tokens(torch.cat([self.cf[soft["soft_item"]], soft["soft_cf"].to(self.cf)])).flatten(0, 1)
+        tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
+        return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
 
     def body(self, embeddings, attention_mask, position_ids, cache=None):
         """The LLM without its head -> last hidden states (B, L, hidden); a cache grows."""
@@ -283,14 +383,16 @@ class ILM(nn.Module, Portable):
                                       use_cache=False).last_hidden_state
 
     def decode_branches(self, batch):
-        """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden), labels (N,), nodes (N,)."""
-        prompts, targets, nodes = zip(*unpacked(batch))
-        ids, mask, _ = self.pad([p.tolist() for p in prompts])
-        states = self.encode_prompts(self.embed(ids), mask)
-        start = torch.tensor([self.llm.generation_config.decoder_start_token_id], device=ids.device)
-        label, node = (nn.utils.rnn.pad_sequence(x, True, -100) for x in (targets, nodes))
+        """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden) of the targets, in row order."""
+        prompts, targets = zip(*unpacked(batch))
+        embeddings = self.embed(batch["ids"], batch)  # soft tokens are the same wherever they stand
+        width = max(len(place) for place in prompts)
+        place = torch.stack([nn.functional.pad(p, (0, width - len(p)), value=-1) for p in prompts])
+        states = self.encode_prompts(embeddings.flatten(0, 1)[place.clamp(min=0)], place >= 0)
+        start = torch.tensor([self.llm.generation_config.decoder_start_token_id], device=place.device)
+        label = nn.utils.rnn.pad_sequence(targets, True, -100)
         hidden = self.decode(nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states)
-        return hidden[label >= 0], label[label >= 0], node[label >= 0]
+        return hidden[label >= 0]
 
     def head(self, hidden, tokens=None):
         """Logits (N, V), or of some tokens alone."""
@@ -298,35 +400,64 @@ class ILM(nn.Module, Portable):
         logits = nn.functional.linear(hidden, out.weight[rows], None if out.bias is None else out.bias[rows]).float() * self.logit_scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
+    def index(self, batch):
+        """What forward needs to know of a batch (train_stage2.collate) before the device has it: its soft tokens, its targets, and, where
+        a target is part of a name (node >= 0), the children of its node, among which p is divided."""
+        batch = batch | self.soft_index(batch["ids"], batch.pop("cf"))
+        target = (batch["label"].flatten() >= 0).nonzero()[:, 0]
+        label, node = batch["label"].flatten()[target], batch["node"].flatten()[target]
+        named, words = (node >= 0).nonzero()[:, 0], (node < 0).nonzero()[:, 0]
+        parent, child = self.names_trie.children(node[named])
+        hit = (self.names_trie.token[child] == label[named][parent]).nonzero()[:, 0]  # of each parent's children the one that is wanted
+        task = batch.pop("task")[target // batch["ids"].shape[1]][named][parent]
+        return batch | {"target": target, "words": words, "word": label[words], "named": named, "parent": parent, "child": child,
+                        "hit": hit, "task": task}
+
     def forward(self, batch):
-        """Packed rows (train_stage2.collate) -> the sum of -log p over target tokens, and -log p of each of them, in row order. p is
-        divided among all tokens, or, where a target is part of a name, among those that the catalogue allows there ("node")."""
-        batch = {key: value.to(self.cf.device) for key, value in batch.items()}
+        """An indexed batch of packed rows -> the sum of -log p over target tokens, and -log p of each of them (T,), in row order. p is
+        divided among all tokens, or, where a target is part of a name, among those that the catalogue allows there."""
+        batch = {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
         if self.seq2seq:
-            hidden, label, node = self.decode_branches(batch)
+            hidden = self.decode_branches(batch)
         else:
-            embeddings, wanted = self.embed(batch["ids"]), batch["label"] >= 0
+            embeddings = self.embed(batch["ids"], batch)
             hidden = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
-            hidden, label, node = hidden[wanted], batch["label"][wanted], batch["node"][wanted]
-        logits = self.head(hidden)
-        total, named = logits.logsumexp(1), (node >= 0).nonzero()[:, 0]
-        if len(named):
-            parent, child = self.names_trie.children(node[named])
-            total = total.index_copy(0, named, segment_logsumexp(logits[named[parent], self.names_trie.token[child]], parent, len(named)))
-        nll = total - logits.gather(1, label[:, None])[:, 0]
+            hidden = hidden.flatten(0, 1).index_select(0, batch["target"])
+        nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        if len(batch["words"]):
+            logits = self.head(hidden.index_select(0, batch["words"]))
+            own = logits.gather(1, batch["word"][:, None])[:, 0]
+            nll = nll.index_copy(0, batch["words"], logits.logsumexp(1) - own)
+        if len(batch["named"]):
+            parent, child, trie = batch["parent"], batch["child"], self.trie()
+            logits = self.head(hidden.index_select(0, batch["named"]), trie.vocabulary)
+            logit = self.among_children(logits[parent, trie.column[child]], child, batch["task"])
+            total = segment_logsumexp(logit, parent, len(batch["named"]))
+            nll = nll.index_copy(0, batch["named"], total - logit.index_select(0, batch["hit"]))
         return nll.sum(), nll
 
     # -- inference
 
     def trie(self, renormalize=True):
-        return self.names_trie if renormalize else Trie(self.name_ids, False).to(self.cf.device)
+        """The names' trie on the model's device."""
+        if not renormalize:
+            return Trie(self.name_ids, False).to(self.cf.device)
+        if self.device_trie is None or self.device_trie.token.device != self.cf.device:
+            self.device_trie = self.names_trie.to(self.cf.device)
+        return self.device_trie
 
     def pad(self, prompts):
-        """Prompts -> ids, mask (B, L), positions: padded on the left, to end where generation goes on; for an encoder on the right."""
+        """Prompts -> embeddings (B, L, hidden), mask (B, L), positions: padded on the left, to end where generation goes on; for an
+        encoder on the right."""
         side = "right" if self.seq2seq else "left"
-        pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(self.cf.device)
-        mask = pad([[1] * len(p) for p in prompts])
-        return pad(prompts), mask, (mask.cumsum(1) - 1).clamp(min=0)
+        cf, rows = [], []
+        for prompt in prompts:
+            rows.append(torch.tensor(shifted(prompt, len(cf), self.num_items, self.Q)))
+            cf += getattr(prompt, "cf", [])
+        pad = lambda rows: nn.utils.rnn.pad_sequence(rows, True, 0, side)
+        mask, ids = pad([torch.ones(len(row), dtype=torch.long) for row in rows]).to(self.cf.device), pad(rows)
+        soft = {key: value.to(self.cf.device) for key, value in self.soft_index(ids, cf).items()}
+        return self.embed(ids.to(self.cf.device), soft), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
     def read_side_by_side(self, token, user, place, sees, position, cache):
         """One more token (N,) of each living prefix, in row `user`, column `place` (N,). sees (N, columns of the cache and the new ones):
@@ -340,22 +471,23 @@ class ILM(nn.Module, Portable):
         return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache)[user, place]
 
     @torch.no_grad()
-    def rank(self, prompts, trie, beams=None, taken=None):
+    def rank(self, prompts, trie, beams=None, taken=None, task=0, hear=None):
         """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact;
         None: exact up to 1,000 items, 20 beams above.
 
         score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
-        taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
+        taken (B, I): items that shall not be found. task: whose prior, of RANKING_TASKS. hear(child, logit) is told the LLM's
+        own logits (calibrate). All prefixes of a user are read side by side in that user's row, a token a step; a
         mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
-        ids, sees, position = self.pad(prompts)
-        B, device = len(ids), ids.device
+        embeddings, sees, position = self.pad(prompts)
+        B, device = len(embeddings), embeddings.device
         beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
         if self.seq2seq:
-            states, sees = self.encode_prompts(self.embed(ids), sees)
+            states, sees = self.encode_prompts(embeddings, sees)
             path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
             hidden = self.decode(path, states, sees)
         else:
-            hidden = self.body(self.embed(ids), sees, position, cache := DynamicCache())
+            hidden = self.body(embeddings, sees, position, cache := DynamicCache())
             position, sees = position[:, -1:], sees.bool()
         hidden = hidden[:, -1]                                                                 # of N living prefixes, first N = B
         user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
@@ -367,6 +499,10 @@ class ILM(nn.Module, Portable):
             parent, child = trie.children(node)
             allowed, column = trie.token[child].unique(return_inverse=True)
             logit = self.head(hidden, allowed)[parent, column]
+            if hear is not None:
+                hear(child, logit)
+            if trie.renormalize:
+                logit = self.among_children(logit, child, task)
             total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
             user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
             # The `beams` best finished names. Dead is a prefix that is not above the last of them, or leads to nothing but taken items
@@ -400,15 +536,15 @@ class ILM(nn.Module, Portable):
         for row, items in zip(mask, taken):
             row[list(items)] = True
         with self.autocast():
-            scores = self.rank(prompts, self.names_trie, None if k <= 20 or self.num_items <= 1000 else k, mask.to(self.cf.device))
+            scores = self.rank(prompts, self.trie(), None if k <= 20 or self.num_items <= 1000 else k, mask.to(self.cf.device))
         return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
-        (ids, mask, _), end, pad = self.pad(prompts), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        (embeddings, mask, _), end, pad = self.pad(prompts), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         ends = self.llm.generation_config.eos_token_id  # a list where a chat model ends its turns in another way
-        out = self.llm.generate(inputs_embeds=self.embed(ids), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **more,
+        out = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **more,
                                 eos_token_id=[end, *ends] if isinstance(ends, list) else end, pad_token_id=end if pad is None else pad)
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
@@ -441,9 +577,7 @@ def build_ilm(config, dataset, device):
     if tokenizer.eos_token_id is None or len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise InputError(f"--llm {config['llm']}: its tokenizer has no end token (eos_token in tokenizer_config.json) or is another LLM's")
     encoder = make_encoder(config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim)
-    model = ILM(llm, tokenizer, encoder, dataset, config).to(device)
-    model.names_trie.to(device)
-    return model
+    return ILM(llm, tokenizer, encoder, dataset, config).to(device)
 
 
 def load_ilm(run, device, data=None, new=None, llm=None):
@@ -452,7 +586,9 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     config = read_config(run, "stage2")
     config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
     model = build_ilm(config, extend(dataset, new) if new else dataset, torch.device(device))
-    load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
+    load_weights(model.saved_parameters(), Path(run) / "model.safetensors", skip={"base"} if new else ())
+    if new and config.get("prior", "none") != "none":
+        model.calibrate()  # the catalogue has other names
     return model.eval()
 
 

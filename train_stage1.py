@@ -116,27 +116,29 @@ class Texts:
 
 
 class Pairs:
-    """II pairs: two training items of one user within 5 steps. UI pairs: a user and one of their training items."""
+    """II pairs: two training items of one user within 5 steps. UI pairs: one of their training items and the user
+    at the moment it was chosen."""
 
     def __init__(self, dataset, window=5):
-        self.sequences = [dataset.items_of(u, "train") for u in dataset.eligible()]
-        self.users, self.window = dataset.eligible(), window
-        self.long = [k for k, s in enumerate(self.sequences) if len(s) >= 2]
+        self.dataset, self.window = dataset, window
+        self.users = np.array([u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2])
 
     def ii(self, count, rng):
         """(B,), (B,) item indices."""
         pairs = []
-        for k in rng.choice(self.long, size=count):
-            s = self.sequences[k]
+        for u in rng.choice(self.users, size=count):
+            s = self.dataset.items_of(u, "train")
             at = int(rng.integers(len(s) - 1))
             pairs.append((s[at], s[int(rng.integers(at + 1, min(at + self.window, len(s) - 1) + 1))]))
         return torch.tensor(np.array(pairs, dtype=np.int64)).unbind(1)
 
     def ui(self, count, rng):
-        """(B,) user indices, each once; (B,) item indices."""
-        chosen = rng.choice(len(self.users), size=count, replace=False)
-        items = [int(rng.choice(self.sequences[k])) for k in chosen]
-        return torch.tensor(self.users[chosen]), torch.tensor(items)
+        """(B,) user indices, each once; their standardised vectors (B, E) at the moment before an item; it (B,)."""
+        users = rng.choice(self.users, size=count, replace=False)
+        places = [int(rng.integers(1, len(self.dataset.items_of(u, "train")))) for u in users]
+        items = [int(self.dataset.items_of(u, "train")[place]) for u, place in zip(users, places)]
+        vectors = self.dataset.standard_users(self.dataset.moments(users, places))
+        return torch.tensor(users), vectors, torch.tensor(items)
 
 
 # ---- All losses of a step --------------------------------------------------------------------------------------------
@@ -149,7 +151,8 @@ class Objective(nn.Module):
         self.model, self.dataset, self.texts, self.losses = model, dataset, texts, losses
 
     def forward(self, batch, generator=None):
-        """batch: {"text": items (B,), "ii": (items, items), "ui": (users, items)}, any of them -> dict of losses, dict of accuracies."""
+        """batch: {"text": items (B,), "ii": (items, items), "ui": (users, their vectors, items)}, any of them -> dict of losses, dict of
+        accuracies."""
         dataset, texts, device = self.dataset, self.texts, self.model.queries.device
         losses, accuracy = {}, {}
         if "text" in batch:
@@ -157,12 +160,14 @@ class Objective(nn.Module):
             ids, mask, same = (t.to(device) for t in texts.batch(items))
             losses = item_text_losses(self.model, dataset.item_cf[items].to(device), ids, mask, same, texts.dec, generator,
                                       own_rows(len(items)))
-        item = lambda i: (dataset.item_cf[i].to(device), texts.group[i])
-        user = lambda u: (dataset.user_cf[u].to(device), -1 - u)  # keys that no item has
-        sides = {"ii": (item, item), "ui": (user, item)}
         for name in PAIR_LOSSES:
             if name in batch:
-                (left_cf, left_key), (right_cf, right_key) = (side(i) for side, i in zip(sides[name], batch[name]))
+                *left, right = batch[name]
+                if name == "ii":
+                    left_cf, left_key = dataset.item_cf[left[0]].to(device), texts.group[left[0]]
+                else:
+                    left_cf, left_key = left[1].to(device), -1 - left[0]  # keys that no item has
+                right_cf, right_key = dataset.item_cf[right].to(device), texts.group[right]
                 losses[name], accuracy[f"{name}_accuracy"] = pair_loss(self.model, left_cf, right_cf, left_key, right_key,
                                                                        own_rows(len(left_cf)))
         return {k: v for k, v in losses.items() if k in self.losses}, accuracy
@@ -239,7 +244,7 @@ def main():
     train_items, valid_items = np.array(dataset.items_in("train")), dataset.items_in("valid")
     train_items = share_of(train_items, args.text_fraction, args.seed)
     with_text = bool({*TEXT_LOSSES} & {*args.losses})
-    if {*PAIR_LOSSES} & {*args.losses} and not pairs.long:
+    if {*PAIR_LOSSES} & {*args.losses} and not len(pairs.users):
         raise InputError(f"{args.data}: no user has two training items (4 interactions), as ii and ui need; use --losses itc itm itg")
     if with_text and (len(train_items) < 2 or not valid_items):
         raise InputError(f"{args.data}: {len(train_items)} training and {len(valid_items)} validation items with a text; "

@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 from assets.guard import InputError, Parser, reading, within
 from assets.run import (RunDirectory, check_fingerprint, check_step, distribute, fingerprint, from_pretrained, load_weights, own_rows,
                         precision, process, progress, read_config, run_training, say, start_processes, sum_over_processes)
-from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts
-from ilm import build_ilm
+from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
+from ilm import PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, Texts, add_qformer_args, add_training_args, clip_and_step, make_optimizer, print_parameters,
                           set_learning_rate, share_of)
@@ -39,7 +39,7 @@ METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
 
-def pack(examples):
+def pack(examples, num_items=0, Q=1, task=0):
     """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
 
         trunk     A B C              the longest history; a branch leaves it where its own prompt differs
@@ -49,16 +49,20 @@ def pack(examples):
 
     Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy world). A branch repeats its prompt's
     last token, since that is the one that predicts the target. The loss is that of the examples one by one (tests/test_ilm.py).
-    Returns a dict of lists: ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
+    num_items, Q: of the model; task: of RANKING_TASKS, the number of the one whose prior counts.
+    Returns a dict of lists: cf (the vectors of users), ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
     (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
-    longest = max((prompt for prompt, *_ in examples), key=len)
-    shared = []  # how many tokens of it each prompt begins with
-    for prompt, *_ in examples:
+    cf, prompts, shared = [], [], []
+    for prompt, *_ in examples:  # the vectors of all prompts, one after the other
+        prompts.append(shifted(prompt, len(cf), num_items, Q))
+        cf += getattr(prompt, "cf", [])
+    longest = max(prompts, key=len)
+    for prompt in prompts:  # how many tokens of the longest each begins with
         common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
         shared.append(min(common, len(prompt) - 1))
     T = max(shared)
-    row = {"ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
-    for number, ((prompt, target, *nodes), n) in enumerate(zip(examples, shared), 1):
+    row = {"cf": cf, "task": task, "ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
+    for number, ((_, target, *nodes), prompt, n) in enumerate(zip(examples, prompts, shared), 1):
         ids = prompt[n:] + target
         row["ids"] += ids[:-1]
         row["position"] += range(n, n + len(ids) - 1)
@@ -69,10 +73,17 @@ def pack(examples):
     return row
 
 
-def collate(rows):
-    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels."""
+def collate(rows, num_items=0, Q=1):
+    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels. "cf" is the list of
+    all rows' vectors, "task" (B,)."""
     longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
-    return {key: torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows]) for key, pad in fill.items()}
+    arrays, cf, own = {key: np.full((len(rows), longest), pad) for key, pad in fill.items()}, [], SOFT_BASE + num_items * Q
+    for r, row in enumerate(rows):
+        for key in fill:
+            arrays[key][r, :len(row[key])] = row[key]
+        arrays["ids"][r][arrays["ids"][r] >= own] += len(cf) * Q
+        cf += row["cf"]
+    return {**{key: torch.from_numpy(x) for key, x in arrays.items()}, "task": torch.tensor([row["task"] for row in rows]), "cf": cf}
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
@@ -82,37 +93,72 @@ class Examples:
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
-        lines = load_prompts(model.config.get("prompts"))
-        self.templates = {(task, prompts): [t[2].replace("{dataset}", dataset.meta["name"]) for t in lines if t[:2] == (task, prompts)]
-                          for task in RANKING_TASKS for prompts in ("seen", "unseen")}
-        if not all(self.templates.values()):
-            raise InputError(f"--prompts {model.config.get('prompts')}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
+        self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
         self.name = (lambda i: (model.name_ids[i],)) if model.config.get("full_vocabulary") else (lambda i: model.names_trie.paths[i])
         self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
-        self.sequences = {u: dataset.items_of(u, "train") for u in dataset.eligible()}
-        self.users = np.array([u for u, s in self.sequences.items() if len(s) >= 2])
+        self.users = np.array([u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2])
+        self.stranger = np.random.default_rng(0).permutation(len(dataset.users))  # whose vector a user gets where CF is shuffled
 
-    def ranking(self, task, user, history, template):
+    # -- vectors of users: none for the text-only baseline
+
+    def users_at(self, users, split):
+        """Standardised vectors (B, E) when the target of `split` is asked for."""
+        if self.model.shuffled:
+            users = self.stranger[users]
+        return self.dataset.standard_users(self.dataset.users_at(users, split))
+
+    def training_users(self, user, places):
+        if self.model.shuffled:
+            others = self.users[self.stranger[user] % len(self.users)]
+            places, user = places % len(self.dataset.items_of(others, "train")), others
+        return self.dataset.standard_users(self.dataset.training_users(user, places))
+
+    # -- examples
+
+    def ranking(self, task, user, history, template, cf=None):
         history = [int(i) for i in history[-HISTORY:]] if task == "sequential" else ()
-        return self.model.prompt_ids(template, user=user, history=history)
+        return self.model.prompt_ids(template, user=user, history=history, cf=cf)
+
+    def ranking_prompts(self, task, users, split, prompts):
+        """What evaluation asks of users (B,): the template is the user's number modulo their count."""
+        templates, cf = self.templates[task, prompts], self.users_at(users, split)
+        return [self.ranking(task, u, self.dataset.items_of(u, split), templates[int(u) % len(templates)], v) for u, v in zip(users, cf)]
 
     def text(self, instance):
-        prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False,
-                                       user=instance["users"][0] if instance["users"] else None)
+        prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False)
         return prompt, self.model.target_ids(instance["target"])[:self.model.context - len(prompt)]
+
+    def prefixes(self, user, window, cf, template):
+        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E). Soft tokens split a text, so that what stands
+        before an item has the same tokens whatever follows: all are cut from the longest one, tokenised once."""
+        longest, Q = self.ranking("sequential", user, window[:-1], template, cf[-1]), self.model.Q
+        last = [k + 1 for k, i in enumerate(longest) if i >= SOFT_BASE and (i - SOFT_BASE) % Q == Q - 1
+                and (i - SOFT_BASE) // Q < self.model.num_items]
+        if len(last) != len(window) - 1:  # no soft tokens, or a history that had to be shortened
+            return [self.ranking("sequential", user, window[:k], template, cf[k - 1]) for k in range(1, len(window))]
+        return [Prompt([*longest[:end], *longest[last[-1]:]], [v] if longest.cf else []) for end, v in zip(last, cf)]
 
     def sequential_row(self, user, template, rng):
         """A random window of HISTORY + 1 training items; each but the first is the target of the window before it."""
-        s = self.sequences[user]
+        s = self.dataset.items_of(user, "train")
         start = int(rng.integers(max(1, len(s) - HISTORY)))
         window = s[start:start + HISTORY + 1]
-        return pack([(self.ranking("sequential", user, window[:k], template), *self.name(window[k]))
-                     for k in range(1, len(window))])
+        cf = self.training_users(user, np.arange(start + 1, start + len(window)))
+        return self.pack([(p, *self.name(i)) for p, i in zip(self.prefixes(user, window, cf, template), window[1:])], "sequential")
 
     def straightforward_row(self, user, template, rng):
-        s = self.sequences[user]
-        prompt = self.ranking("straightforward", user, (), template)
-        return pack([(prompt, *self.name(i)) for i in rng.permutation(s)[:HISTORY]])
+        """Up to HISTORY of the user's training items, each asked for at its own moment."""
+        s = self.dataset.items_of(user, "train")
+        places = 1 + rng.permutation(len(s) - 1)[:HISTORY]
+        prompt = self.ranking("straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1]))
+        prompts = [Prompt(prompt, [v] if prompt.cf else []) for v in self.training_users(user, places)]
+        return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)], "straightforward")
+
+    def pack(self, examples, task="sequential"):
+        return pack(examples, self.model.num_items, self.model.Q, RANKING_TASKS.index(task))
+
+    def collate(self, rows):
+        return self.model.index(collate(rows, self.model.num_items, self.model.Q))
 
     def batch(self, kind, size, rng):
         """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. One template a
@@ -121,55 +167,40 @@ class Examples:
         seeds, rows = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":
             pool = self.tasks["train"]
-            return collate([pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])  # a random number, as good as an index
+            return self.collate([self.pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])  # a random number, as good as an index
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template = templates[rng.integers(len(templates))]
-        return collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
+        return self.collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
 
     def held_out(self, split, limit, size):
-        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users. A ranking
-        row has the target as branch 1, and each of the last 50 history items as one more branch (see held_out_losses)."""
+        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users."""
         rng, out = np.random.default_rng(0), {}
         users = self.dataset.eligible()
         users = users[rng.permutation(len(users))[:limit]]
         for task in RANKING_TASKS:
-            rows, templates = [], self.templates[task, "seen"]
-            for k, u in enumerate(users):
-                history, target = self.dataset.items_of(u, split), self.dataset.target(u, split)
-                prompt = self.ranking(task, u, history, templates[k % len(templates)])
-                rows.append(pack([(prompt, *self.name(i)) for i in [target, *sorted(set(history[-50:]) - {target})]]))
-            out[task] = rows
+            prompts = self.ranking_prompts(task, users, split, "seen")
+            targets = [self.name(self.dataset.target(u, split)) for u in users]
+            out[task] = [self.pack([(prompt, *target)], task) for prompt, target in zip(prompts, targets)]
         pool = self.tasks[split]
-        out["text"] = [pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
-        out["text"].sort(key=lambda row: len(row["ids"]))
-        return {kind: [collate(rows[k:k + size]) for k in range(0, len(rows), size)] for kind, rows in out.items() if rows}
+        out["text"] = [self.pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
+        for rows in out.values():
+            rows.sort(key=lambda row: len(row["ids"]))
+        return {kind: [self.collate(rows[k:k + size]) for k in range(0, len(rows), size)] for kind, rows in out.items() if rows}
 
 
 @torch.no_grad()
-def held_out_losses(model, held_out, device):
-    """{kind: mean loss}. text: -log p per target token. Ranking: -log p(target | not in the history), nats per user; a
-    uniform guess has ln I. p(history) is divided out because a training user's CF vector contains their training targets: a trained model
-    is right to expect them, evaluation takes them out, and the plain loss would call every good model overfitted."""
+def held_out_losses(model, held_out):
+    """{kind: mean loss}. text: -log p a target token. Ranking: -log p(next item), nats a user; a uniform guess has ln I."""
     model.eval()
-    losses, rank, world = {}, *process()
+    losses, (rank, world) = {}, process()
     for kind, batches in held_out.items():
-        values = [torch.zeros(0, dtype=torch.double)]
+        total, count = 0.0, 0
         for batch in batches[rank::world]:  # every user is validated once, by one process
             with model.autocast():
-                nll = model(batch)[1].double().cpu()
-            if kind == "text":
-                values.append(nll)
-                continue
-            row, column = (batch["label"] >= 0).nonzero(as_tuple=True)
-            branch = batch["branch"][row, column]
-            log_p = torch.full((len(batch["ids"]), int(batch["branch"].max()) + 1), -torch.inf, dtype=torch.double)
-            log_p[row, branch] = 0.0  # where there is a branch; to it each of its tokens is added
-            log_p.index_put_((row, branch), -nll, accumulate=True)                          # (B, branches): log p of each name
-            taken = log_p.exp().sum(1) - log_p[:, 1].exp()
-            values.append((1 - taken).clamp(min=1e-9).log() - log_p[:, 1])
-        values = torch.cat(values)
-        total, count = sum_over_processes(values.sum().item(), len(values))
+                value, nll = model(batch)
+            total, count = total + value.double(), count + (len(nll) if kind == "text" else len(batch["ids"]))
+        total, count = sum_over_processes(float(total), count)
         losses[kind] = total / count
     model.train()
     return losses
@@ -202,6 +233,8 @@ def parse_args(argv=None):
     p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
     p.add_argument("--prompts", metavar="FILE", help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]")
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
+    p.add_argument("--prior", default="popularity", choices=PRIORS, help="what stands in the trie for the LLM's opinion of names [popularity]")
+    p.add_argument("--temperature", default="learned", choices=["learned", "fixed"], help="how loud the LLM is there; fixed: 1 [learned]")
     p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
     p.add_argument("--valid-users", type=within(int, 1), default=128, help="users of each validation [128]")
     p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items with text tasks [1]")
@@ -245,6 +278,8 @@ def main():
     if qformer is not None:
         model.encoder.load_state_dict(qformer.state_dict())
         model.match_scale()
+    if config["prior"] != "none" and not config["full_vocabulary"]:
+        model.calibrate()
     trainable = [p for p in model.parameters() if p.requires_grad]
     say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
     print_parameters(model)
@@ -279,7 +314,7 @@ def main():
         rate = set_learning_rate(optimizer, step, args.steps, args.lr)
         # -- evaluate and save
         if step % eval_every == 0 or step == args.steps:
-            valid = held_out_losses(model, held_out, device)
+            valid = held_out_losses(model, held_out)
             run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets)
             run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
             say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
@@ -291,7 +326,7 @@ def main():
         torch.manual_seed(int(rng.integers(2**62)) + rank)
         drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
         batches = [examples.batch(kind, args.batch_size, rng) for kind in drawn]
-        targets, = sum_over_processes(sum(int((batch["label"] >= 0).sum()) for batch in batches))
+        targets, = sum_over_processes(sum(len(batch["target"]) for batch in batches))
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
             with nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
@@ -307,7 +342,7 @@ def main():
         # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
-            run.log(step=step, **losses, grad_norm=norm, targets=seen_targets, lr=rate, scale=scaler.get_scale())
+            run.log(step=step, **losses, grad_norm=norm, tau=model.tau.item(), targets=seen_targets, lr=rate, scale=scaler.get_scale())
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 

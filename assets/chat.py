@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from assets.guard import CONTROL, InputError, printable
-from data import HISTORY, fold_in, load_prompts, standardise
+from data import HISTORY, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -37,6 +37,7 @@ class Printer(TextStreamer):
 class Chat:
     def __init__(self, model):
         self.model, self.items, self.turns = model, model.dataset.items, []
+        self.guests = []  # vectors of mixtures: {item:I+n} is guests[n]
         self.memory = 9 if model.tokenizer.chat_template else 0  # training showed single questions: an LLM that never chatted gets confused
         ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
         self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
@@ -68,7 +69,8 @@ class Chat:
         parts = [re.fullmatch(r"(.+)\*(-?\d*\.?\d+)", term) for term in terms.split("+item:")]
         if not all(parts):
             return None
-        return self.model.add(sum(float(p[2]) * self.model.cf[self.number("item", p[1])] for p in parts))
+        self.guests.append(sum(float(p[2]) * self.model.cf[self.number("item", p[1])].cpu() for p in parts))
+        return len(self.items) + len(self.guests) - 1
 
     def resolve(self, text):
         """Mentions by id or title -> the indices that ILM.prompt_ids understands."""
@@ -95,7 +97,7 @@ class Chat:
             return self.recommend(text, text)
         printer, named = Printer(self.model.tokenizer), self.model.encoder is None  # items unnamed, as in the text tasks of training
         before = self.turns[max(0, len(self.turns) - 2 * self.memory):]
-        prompt = self.model.prompt_ids([*before, text], named=named)
+        prompt = self.model.prompt_ids([*before, text], named=named, guests=self.guests)
         try:
             with self.model.autocast():
                 self.model.generate([prompt], min(128, self.model.context - len(prompt)), streamer=printer)
@@ -111,13 +113,12 @@ class Chat:
         if not users and not history:
             raise InputError("for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)")
         had = [*(int(i) for u in users[:1] for i in self.model.dataset.items_of(u)), *history]
-        if template is None:
-            if not users:
-                users = [self.model.add(standardise(fold_in(self.model.dataset.raw_cf[1], history)[None], self.model.dataset.raw_cf[0])[0])
-                         - self.model.num_items]
-            template = self.template
+        user, cf = users[0] if users else None, None
+        if user is None:  # somebody new, who is what they liked
+            dataset = self.model.dataset
+            cf = dataset.standard_users(dataset.solver.of_histories([history]))[0]
         with torch.no_grad():
-            prompt = self.model.prompt_ids(template, *users[:1] or [None], had[-HISTORY:])
+            prompt = self.model.prompt_ids(template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests)
             found, = self.model.recommend([prompt], [had])
         for place, (item, log_p) in enumerate(found, 1):
             print(f"{place:3}  {log_p:7.2f}  {self.name(item)}")

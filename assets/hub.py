@@ -56,16 +56,20 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
 
     @torch.no_grad()
     def export(self, path, chunk=4096):
-        """Write the soft tokens of all items, then all users, to a .npy file (I + U, Q, hidden), float32; returns rows a second. No more
-        than `chunk` of them are in memory at a time."""
+        """Write the soft tokens of all items, then all users as they are now, to a .npy file (I + U, Q, hidden), float32; returns rows a
+        second. No more than `chunk` of them are in memory at a time."""
         if self.encoder is None:
             raise InputError("a text-only run has no soft tokens to export")
-        began, shape = time.time(), (len(self.cf), self.Q, self.hidden)
+        began, users = time.time(), np.arange(len(self.dataset.users))
+        shape = (self.num_items + len(users), self.Q, self.hidden)
         with open(path, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for rows in torch.arange(len(self.cf), device=self.cf.device).split(chunk):
-                f.write(self.soft_tokens(rows).float().cpu().numpy().tobytes())
-        return len(self.cf) / (time.time() - began)
+            for cf in self.cf.split(chunk):
+                f.write(self.soft_tokens(cf).float().cpu().numpy().tobytes())
+            for some in (users[k:k + chunk] for k in range(0, len(users), chunk)):
+                cf = self.dataset.standard_users(self.dataset.users_at(some)).to(self.cf)
+                f.write(self.soft_tokens(cf).float().cpu().numpy().tobytes())
+        return shape[0] / (time.time() - began)
 
     def _save_pretrained(self, folder):
         """As a run directory: config.json, which names the LLM and the prepared folder, and model.safetensors; neither LLM nor data."""

@@ -8,7 +8,7 @@ import torch
 
 from assets.guard import InputError
 from assets.readers import read_csv, read_items
-from data import fold_in, standardise, unique_titles
+from data import UserSolver, solve_rows, standardise, unique_titles
 
 
 def new_names(pairs, known, others):
@@ -20,16 +20,23 @@ def new_names(pairs, known, others):
     return met
 
 
-def fold_in_new(met, own, other, own_cf):
-    """Raw and standardised vectors (N, E) of one side, with a row more for each new name that meets known ones of the other side."""
-    vectors = torch.stack([fold_in(other, numbers) for numbers in met.values()]) if met else own[:0]
-    return torch.cat([own, vectors]), torch.cat([own_cf, standardise(vectors, own)])
+def fold_in_items(dataset, met):
+    """Raw vectors (N, E) of new items from the known users who chose them, {item: users}: one row of ALS's other side."""
+    settings, X = dataset.solver.settings, dataset.raw_cf.new_zeros(0, dataset.raw_cf.shape[1])
+    if not met:
+        return X
+    sums = []
+    for users in met.values():
+        X = dataset.all_of(users)
+        sums.append((X.T @ X, X.sum(0), torch.tensor(float(len(users)))))
+    S, b, weight = (torch.stack(part) for part in zip(*sums))
+    return solve_rows(dataset.user_gram, S, b, weight, settings, len(dataset.users))
 
 
 def extend(dataset, folder):
     """The data set with the users and items that are new in folder/interactions.csv after its own (items.csv says what the items are), and
-    the histories of all. A new user is folded in from the known items they chose, a new item from the known users who chose it, and
-    who meets nothing known is left out with a note; the vectors of known ones stay as they are."""
+    the histories of all. A new user is a history like any other; a new item is folded in from the known users who chose it. Who meets
+    nothing known is left out with a note; the vectors of known items stay as they are."""
     if not (Path(folder) / "interactions.csv").is_file():
         raise InputError(f"--new {folder}: no interactions.csv in it")
     users, items, times = read_csv(folder)
@@ -44,8 +51,9 @@ def extend(dataset, folder):
     if lost:
         print(f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}", file=sys.stderr)
     new_users, new_items = ({name: numbers for name, numbers in met.items() if numbers} for met in (new_users, new_items))
-    raw_users, user_cf = fold_in_new(new_users, *dataset.raw_cf, dataset.user_cf)
-    raw_items, item_cf = fold_in_new(new_items, *dataset.raw_cf[::-1], dataset.item_cf)
+    folded = fold_in_items(dataset, new_items)
+    raw = torch.cat([dataset.raw_cf, folded])
+    item_cf = torch.cat([dataset.item_cf, standardise(folded, dataset.raw_cf)])
 
     catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in new_items)]
     unique_titles(catalogue)
@@ -54,5 +62,6 @@ def extend(dataset, folder):
     for user, item in pairs:  # what the file repeats counts once
         if user in user_number and item in item_number and item_number[item] not in sequences[user_number[user]]:
             sequences[user_number[user]].append(item_number[item])
-    return replace(dataset, items=catalogue, users=[*user_number], item_cf=item_cf, user_cf=user_cf, raw_cf=(raw_users, raw_items),
+    solver = UserSolver(raw, dataset.solver.settings, gram=dataset.solver.gram)
+    return replace(dataset, items=catalogue, users=[*user_number], item_cf=item_cf, raw_cf=raw, solver=solver,
                    indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))

@@ -4,6 +4,7 @@ can get wrong in them is said in one line (InputError). To read a format of your
 A log becomes three arrays of equal length, in file order: users, items, times. An item table becomes
 {id: {"title", "text", "attributes"}}."""
 import csv
+import html
 import json
 import math
 import re
@@ -173,21 +174,26 @@ def other_items(path):
 
 def finish_item(key, item):
     """Fill in what follows from the rest: a year from "Title (1995)", flat attribute strings, a text made of all of them."""
-    title = printable(item["title"] or "")
-    attributes = {printable(k): printable(", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in item["attributes"].items()}
+    clean = lambda value: printable(html.unescape(str(value)))  # shops write &amp; for &
+    title = clean(item["title"] or "")
+    attributes = {clean(k): clean(", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in item["attributes"].items()}
     year = re.search(r"\((\d{4})\)$", title)
     if year and "genres" in attributes:
         attributes["decade"] = year[1][:3] + "0s"
     told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
     text = item.get("text") or (f"{title}. {told}" if title and told else title or told)
-    return {"id": key, "title": title, "text": printable(text), "attributes": attributes}
+    return {"id": key, "title": title, "text": clean(text), "attributes": attributes}
 
 
 def load_cf(path, num_users, num_items):
-    """The user's own embeddings: an .npz with `user` (U, E) and `item` (I, E), rows in the order of the sorted ids."""
-    with reading(f"--cf {path}", "expected an .npz with the float arrays `user` and `item`"), np.load(path, allow_pickle=False) as z:
-        user, item = (np.asarray(z[name]).astype(np.float32) for name in ("user", "item"))
-    fits = user.ndim == 2 and len(user) == num_users and item.shape == (num_items, user.shape[1]) and user.shape[1] > 0
-    if not fits or not np.isfinite([abs(user).max(), abs(item).max()]).all():
-        raise InputError(f"--cf {path}: user {user.shape}, item {item.shape}; expected finite ({num_users}, E) and ({num_items}, E)")
-    return torch.from_numpy(user), torch.from_numpy(item)
+    """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), rows in the order of the sorted ids ->
+    user (None where there is none), item."""
+    with reading(f"--cf {path}", "expected an .npz with the float array `item`, and perhaps `user`"), np.load(path, allow_pickle=False) as z:
+        found = {name: np.asarray(z[name]).astype(np.float32) for name in ("item", *(["user"] if "user" in z else []))}
+    item, rows = found["item"], {"item": num_items, "user": num_users}
+    width = item.shape[1] if item.ndim == 2 else 0
+    fits = width and all(x.shape == (rows[name], width) and np.isfinite(abs(x).max()) for name, x in found.items())
+    if not fits:
+        said = ", ".join(f"{name} {x.shape}" for name, x in found.items())
+        raise InputError(f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, user ({num_users}, E)")
+    return torch.from_numpy(found["user"]) if "user" in found else None, torch.from_numpy(item)

@@ -52,10 +52,11 @@ def from_pretrained(auto_class, name, flag, **kwargs):
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
-def load_weights(parameters, path):
-    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
+def load_weights(parameters, path, skip=()):
+    """Copy a safetensors file into named parameters, strictly: same names, same shapes, but for those to skip."""
     with reading(path, "train again"):
-        tensors = load_file(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name not in skip}
+    parameters = {name: tensor for name, tensor in parameters.items() if name not in skip}
     wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
     if wrong:
         raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
@@ -88,7 +89,7 @@ def fingerprint(dataset):
     numbers each of items and users (equal up to rounding on other machines)."""
     some = lambda cf: [round(x, 3) for x in cf.flatten()[::max(1, cf.numel() // 16)][:16].tolist()]
     return [len(dataset.users), *dataset.item_cf.shape, *(sum(dataset.meta["held_out"][split]) for split in ("valid", "test")),
-            *some(dataset.item_cf), *some(dataset.user_cf)]
+            *some(dataset.item_cf), *some(dataset.user_stats)]
 
 
 def same_fingerprint(before, now):

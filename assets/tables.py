@@ -23,8 +23,8 @@ def standard_error(values):
 
 def per_user(metrics, key):
     """What each user adds to HR@k or NDCG@k, (U,)."""
-    ranks, k = np.array([int(c, 16) for c in metrics["hits"]]), int(key.split("@")[1])
-    return ((ranks > 0) & (ranks <= k)) * (1.0 if key.startswith("HR") else 1 / np.log2(np.maximum(ranks, 1) + 1))
+    ranks, k = np.array(metrics["ranks"]), int(key.split("@")[1])
+    return (ranks <= k) * (1.0 if key.startswith("HR") else 1 / np.log2(ranks + 1))
 
 
 def bootstrap(a, b, draws=10_000, fixed=False):
@@ -108,7 +108,7 @@ def print_tables(results, against="ilm"):
     if most:
         print("; of ".join([f"SC by {most}", *(f"{', '.join(dict.fromkeys(encoders[e]))} by {e}" for e in others)]))
     for name, found in by_method(results, lambda r: r["retention"]).items():
-        print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over MF's)")
+        print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over that of {results[0]['yardstick']})")
 
 
 def plot(results, folder):

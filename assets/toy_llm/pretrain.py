@@ -26,11 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
+from assets.run import pick_device, precision  # noqa: E402
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -102,7 +104,9 @@ class Corpus:
         liked = self.rng.integers(len(self.items))
         tastes = self.some(np.flatnonzero(self.codes[liked] >= 0), 1, 5)
         score = 2.5 * (self.codes[:, tastes] == self.codes[liked, tastes]).sum(1) + self.rng.gumbel(size=len(self.items))
-        chosen = (-score).argsort()[:int(self.rng.integers(6, 25))]                      # Gumbel-top-k: draws without replacement
+        count = min(int(self.rng.integers(6, 25)), len(score))
+        chosen = np.argpartition(-score, count - 1)[:count]  # Gumbel-top-k, without replacement
+        chosen = chosen[(-score[chosen]).argsort()]
         known, chosen = [self.items[i] for i in self.rng.permutation(chosen)[:4]], [self.items[i] for i in chosen]
         chosen = [item for item in chosen if item not in known]
         history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ([], chosen[0])  # unseen ones must not use up the best
@@ -126,20 +130,34 @@ def make_tokenizer(corpus, templates, vocab_size):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def batches(corpus, tokenizer, batch_size, length):
+class Batches(IterableDataset):
     """Endless (B, length) rows; each starts with a document and holds as many as fit."""
-    while True:
-        rows = []
-        for _ in range(batch_size):
-            row = []
-            while len(row) < length:
-                row += tokenizer(corpus.document())["input_ids"] + [tokenizer.eos_token_id]
-            rows.append(row[:length])
-        yield torch.tensor(rows)
+
+    def __init__(self, corpus, tokenizer, batch_size, length):
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.batch_size, self.length = batch_size, length
+
+    def documents(self):
+        """The corpus in tokens, many documents to a call of the tokenizer."""
+        while True:
+            yield from self.tokenizer([self.corpus.document() for _ in range(256)])["input_ids"]
+
+    def __iter__(self):
+        documents = self.documents()
+        while True:
+            rows = []
+            for _ in range(self.batch_size):
+                row = []
+                while len(row) < self.length:
+                    row += next(documents) + [self.tokenizer.eos_token_id]
+                rows.append(row[:self.length])
+            yield torch.tensor(rows)
 
 
 def train(args):
     torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    bf16 = precision(device) == torch.bfloat16  # only on a GPU that has it; the weights stay fp32
     templates = data.load_prompts(HERE / "prompts.txt")
     corpus = Corpus(data.load_dataset(args.data).items if args.data else data.toy_world(0)["items"], templates, args.seed)
     tokenizer = make_tokenizer(corpus, templates, args.vocab)
@@ -151,13 +169,20 @@ def train(args):
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, loss at step 0 about ln V = "
           f"{math.log(len(tokenizer)):.2f} and more (the head's rows are long)")
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    # A GPU is faster than the corpus: there a process of its own makes the batches ahead
+    rows = Batches(corpus, tokenizer, args.batch_size, 256)
+    ahead = {"num_workers": 1, "prefetch_factor": 32} if device.type == "cuda" else {}
     start = time.time()
-    for step, ids in zip(range(args.steps), batches(corpus, tokenizer, args.batch_size, 256)):
+    for step, ids in zip(range(args.steps), DataLoader(rows, batch_size=None, **ahead)):
         warm = min(1.0, (step + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm
-        loss = model(input_ids=ids, labels=ids).loss
+        ids = ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,6 +253,7 @@ if __name__ == "__main__":
     p.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="for pretraining [cuda if there is one, else cpu]")
     arguments = p.parse_args()
     if arguments.data and not arguments.probe and Path(arguments.out) == HERE:
         p.error("--data needs an --out of its own: this folder is the toy LLM's")
