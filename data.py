@@ -74,9 +74,13 @@ class Dataset:
     def users_at(self, users, split=None):
         """Raw vectors (B, E) of users when the target of `split` is asked for; None: now."""
         users = np.asarray(users, dtype=np.int64)
-        if self.user_cf is not None and (users < len(self.user_cf)).all():
+        own = users < (0 if self.user_cf is None else len(self.user_cf))  # later users have none
+        if own.any() and own.all():
             return self.user_cf[users]
-        return self.solver.of_histories([self.items_of(u, split) for u in users])
+        vectors = self.solver.of_histories([self.items_of(u, split) for u in users])
+        if own.any():
+            vectors[own] = self.user_cf[users[own]]
+        return vectors
 
     def all_of(self, users):
         """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
@@ -89,7 +93,7 @@ class Dataset:
         """Raw vectors (n, E) of a user as a training target at each place (n,) of the history meets
         them. No vector knows its target: it is folded in from what came before, or, where order does
         not matter (recency 1), from all *other* training items, since short pasts make poor vectors."""
-        if self.user_cf is not None:
+        if self.user_cf is not None and user < len(self.user_cf):
             return self.user_cf[[int(user)] * len(places)]
         history = self.items_of(user, "train")
         if self.solver.recency < 1:
@@ -318,21 +322,22 @@ class UserSolver:
     def before(self, history, places):
         """One user's history (H,) -> their vectors (n, E) before each place (n,) of it. The n prefixes
         share their sums: from one place to the next, S <- d ** steps * S + sum of w y y'."""
-        places = torch.as_tensor(np.asarray(places, dtype=np.int64))
-        Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
-        E, now = Y.shape[1], 0
-        S, b, weight = torch.zeros(E, E), torch.zeros(E), torch.zeros(())
-        sums = {}
-        for place in places.unique().tolist():  # sorted
-            steps = place - now
-            w = self.recency ** torch.arange(steps - 1, -1, -1)
-            new = Y[now:place]
-            S = self.recency**steps * S + (new * w[:, None]).T @ new
-            b = self.recency**steps * b + w @ new
-            weight = self.recency**steps * weight + w.sum()
-            sums[place], now = (S, b, weight), place
-        S, b, weight = (torch.stack(part) for part in zip(*(sums[place] for place in places.tolist())))
-        return solve_rows(self.gram, S, b, weight, self.settings, len(self.item_cf))
+        Y = self.item_cf.numpy()[np.asarray(history, dtype=np.int64)]
+        n, E, now = len(places), Y.shape[1], 0
+        S, b, weight = np.zeros((E, E), np.float32), np.zeros(E, np.float32), 0.0
+        sums = np.empty((n, E, E), np.float32), np.empty((n, E), np.float32), np.empty(n, np.float32)
+        decay = (self.recency ** np.arange(len(Y) + 1)).astype(np.float32)  # of 0, 1, 2 ... steps
+        for k in np.argsort(places, kind="stable"):
+            steps = int(places[k]) - now
+            if steps:
+                weighted = Y[now:now + steps] * decay[:steps][::-1, None]
+                S = decay[steps] * S + weighted.T @ Y[now:now + steps]
+                b = decay[steps] * b + weighted.sum(0)
+                weight = decay[steps] * weight + decay[:steps].sum()
+                now += steps
+            for array, value in zip(sums, (S, b, weight)):
+                array[k] = value
+        return solve_rows(self.gram, *map(torch.from_numpy, sums), self.settings, len(self.item_cf))
 
     def without(self, history, places):
         """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,)."""
@@ -341,6 +346,13 @@ class UserSolver:
         S = Y.T @ Y - own[:, :, None] * own[:, None, :]
         weight = torch.full((len(own),), len(Y) - 1.0)
         return solve_rows(self.gram, S, Y.sum(0) - own, weight, self.settings, len(self.item_cf))
+
+
+def last_items(history, places, count):
+    """The `count` items before each place (n,) of a history (H,), latest first (n, count); -1 where there is none."""
+    at = np.asarray(places)[:, None] - 1 - np.arange(count)
+    padded = np.append(np.asarray(history, dtype=np.int64), -1)
+    return padded[np.maximum(at, -1)]
 
 
 def training_moments(indptr, count, seed=0):

@@ -33,7 +33,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from assets.guard import InputError, Parser, a_seed, printable, reading, run_script, within, write_file
 from assets.run import commit, from_pretrained, pick_device, read_config
-from assets.sasrec import train_sasrec
+from assets.sasrec import Settings, train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, UserSolver, load_dataset, training_part
@@ -136,13 +136,23 @@ def reference_ranks(dataset, split, keep_history, users, score):
     return ranking_metrics(torch.cat(ranks))
 
 
-def references(dataset, users, split, keep_history, with_sasrec=False):
+def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
+    """{name: metrics} of all references on the users given. sasrec: SASRec's settings, a dict, or None for none."""
     scores = dict(reference_scores(dataset, split))
-    if with_sasrec:
-        some, valid = dataset.eligible()[:500], (dataset, "valid", keep_history)
-        sasrec = train_sasrec(dataset, lambda score: reference_ranks(*valid, some, lambda batch: score(batch, "valid"))["HR@10"])
-        scores["sasrec"] = lambda batch: sasrec(batch, split)
-    return {name: reference_ranks(dataset, split, keep_history, users, score) for name, score in scores.items()}
+    if sasrec is not None:
+        some = dataset.eligible()
+        some = np.sort(np.random.default_rng(0).permutation(some)[:2_000])
+
+        def validate(score):
+            found = reference_ranks(dataset, "valid", keep_history, some, lambda batch: score(batch, "valid"))
+            return found["HR@10"] + found["NDCG@10"]
+
+        score, report = train_sasrec(dataset, validate, Settings(**sasrec), device=device)
+        scores["sasrec"] = lambda batch: score(batch, split)
+    found = {name: reference_ranks(dataset, split, keep_history, users, score) for name, score in scores.items()}
+    if sasrec is not None:
+        found["sasrec"]["report"] = report
+    return found
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -265,7 +275,7 @@ def evaluate_run(run, args, device):
             out["rec"][task] = {prompts: rank(task, prompts) for prompts in ("seen", "unseen")}
         if "text" in tasks and examples.tasks[args.split]:
             out["text"] = write()
-        out["references"] = references(dataset, users, args.split, args.keep_history, args.sasrec)
+        out["references"] = references(dataset, users, args.split, args.keep_history, args.sasrec, device)
         if args.controls and model.encoder is not None:
             if "sequential" in out["rec"]:
                 out["controls"] = controls(model, lambda: rank("sequential", "seen"))
@@ -301,7 +311,7 @@ def recommend(run, args, device):
     print("user\tplace\titem\ttitle\tlog_p")
     for chunk in (users[k:k + args.batch_size] for k in range(0, len(users), args.batch_size)):
         had = [dataset.items_of(u) for u in chunk]  # all of it: nothing is being tested here
-        template, cf = examples.templates["sequential", "seen"][0], dataset.standard_users(dataset.users_at(chunk))
+        template, cf = examples.templates["sequential", "seen"][0], examples.users_at(chunk, None)
         prompts = [examples.ranking("sequential", u, items, template, v) for u, items, v in zip(chunk, had, cf)]
         for u, found in zip(chunk, model.recommend(prompts, had)):
             for place, (i, log_p) in enumerate(found, 1):
@@ -330,7 +340,7 @@ def parse_args(argv=None):
     p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="score names without renormalising")
     p.add_argument("--keep-history", action=argparse.BooleanOptionalAction, default=False, help="leave items of the history in [no]")
     p.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False, help="shuffled CF, zero soft tokens, text only")
-    p.add_argument("--sasrec", action=argparse.BooleanOptionalAction, default=False, help="train SASRec as one more reference")
+    p.add_argument("--sasrec", nargs="?", const={}, type=json.loads, metavar="JSON", help="train SASRec as one more reference, with these settings [its defaults]")
     p.add_argument("--sc-encoder", metavar="PATH", help="folder or hub id of a sentence encoder for SC [the LLM's own mean states]")
     p.add_argument("--table", nargs="+", metavar="FILE", help="run nothing: tables of these metrics.json or --json files")
     p.add_argument("--against", default="ilm", help="the method or reference that p compares with [ilm]")

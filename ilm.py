@@ -23,13 +23,13 @@ from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.later import extend
 from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
-from data import HISTORY, RANKING_TASKS, SOFT, item_names, load_dataset, ranking_templates, training_moments, training_part
+from data import HISTORY, RANKING_TASKS, SOFT, item_names, last_items, load_dataset, ranking_templates, training_moments, training_part
 from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
 SOFT_BASE = 1 << 24  # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (see Prompt)
 START_TEMPERATURE = 0.4  # of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
-PRIORS = ("popularity", "uniform", "none")
+PRIORS = ("popularity", "uniform", "none", "counts")
 
 
 class Prompt(list):
@@ -172,6 +172,8 @@ class ILM(nn.Module, Portable):
         limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
         self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
         self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
+        self.history = config.get("qformer", {}).get("history", 0)  # W
+        self.history_cf = nn.functional.pad(dataset.item_cf, (0, 0, 0, 1))  # on the CPU: users' vectors travel with the batch
         self.shuffled = False
         if config.get("shuffle_cf"):
             self.shuffle_cf()
@@ -199,7 +201,7 @@ class ILM(nn.Module, Portable):
         So an ILM starts at popularity, in place of a frozen LLM's opinion of titles, which would have to be unlearned first. DEVIATION:
         the paper has no such thing."""
         purchases = torch.zeros(self.num_items)
-        if prior == "popularity":
+        if prior in ("popularity", "counts"):
             known = training_part(self.dataset.indptr)
             bought = torch.as_tensor(self.dataset.sequence[known].astype(np.int64))
             purchases = torch.bincount(bought, minlength=self.num_items)[:self.num_items].float()
@@ -211,7 +213,7 @@ class ILM(nn.Module, Portable):
         self.tau = nn.Parameter(torch.tensor(START_TEMPERATURE if learned else 1.0), requires_grad=learned)
 
     @torch.no_grad()
-    def calibrate(self, count=10, chunk=500):
+    def calibrate(self, count=5, chunk=1000):
         """Set `base`: the LLM's mean logit for each child's token after at most `count` seen prompts of each ranking task, with soft tokens
         of zero and the histories of users that stand at even distances. Names are read `chunk` at a time."""
         templates = ranking_templates(self.config.get("prompts"), self.dataset.meta["name"])
@@ -264,11 +266,26 @@ class ILM(nn.Module, Portable):
         gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
+        probe = self.with_history(probe)
         if not isinstance(self.encoder, MLPEncoder):  # of many, some thousands of items and users will do
-            users = self.dataset.moments(*training_moments(self.dataset.indptr, 2_000))
-            some = torch.cat([self.cf[::self.num_items // 5_000 + 1], self.dataset.standard_users(users).to(self.cf)])
+            moments = training_moments(self.dataset.indptr, 2_000)
+            recent = [last_items(self.dataset.items_of(u), [place], self.history) for u, place in zip(*moments)]
+            users = self.dataset.standard_users(self.dataset.moments(*moments))
+            users = self.with_history(users, np.concatenate([np.zeros((0, self.history), int), *recent])).to(self.cf)
+            some = self.cf[::self.num_items // 5_000 + 1]
+            some = torch.cat([self.with_history(some), users])
             self.adapter.whiten_(self.encoder.eval().encode(some).flatten(0, 1))
         self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
+
+    def with_history(self, vectors, recent=None):
+        """Vectors (N, E) and the items before them (N, W), latest first, -1 for none (last_items) -> what encoders read (N, (1 + W) * E):
+        the items' vectors behind their own. Items have no history. W is --history."""
+        if not self.history:
+            return vectors
+        if recent is None:
+            return nn.functional.pad(vectors, (0, self.history * self.cf.shape[1]))
+        items = self.history_cf[torch.from_numpy(recent)]  # the last row is zeros: -1
+        return torch.cat([vectors, items.flatten(1)], 1)
 
     def shuffle_cf(self):
         """A control: the CF vectors of all items are dealt out anew at random, and every user gets a stranger's; the same for every seed."""
@@ -298,7 +315,11 @@ class ILM(nn.Module, Portable):
             def person(number, vector=None):
                 if self.encoder is None:
                     return self.dataset.users[number] if number is not None else ""
-                vectors.append(self.dataset.standard_users(self.dataset.users_at([number]))[0] if vector is None else vector)
+                if vector is None:
+                    vector = self.dataset.standard_users(self.dataset.users_at([number]))
+                    items = self.dataset.items_of(number)
+                    vector = self.with_history(vector, last_items(items, [len(items)], self.history))[0]
+                vectors.append(vector)
                 return soft(self.num_items + len(vectors) - 1)
 
             def mention(item, with_name=True):
@@ -354,7 +375,7 @@ class ILM(nn.Module, Portable):
         slot = flat[place] - SOFT_BASE
         entity, inverse = torch.unique(slot // self.Q, return_inverse=True)  # each is encoded once, however often it occurs
         guests = entity[entity >= self.num_items] - self.num_items           # sorted, so that they come last
-        vectors = torch.stack([cf[n] for n in guests.tolist()]) if len(guests) else torch.zeros(0, self.cf.shape[1])
+        vectors = nn.utils.rnn.pad_sequence([cf[n] for n in guests.tolist()], True) if len(guests) else torch.zeros(0, self.cf.shape[1])
         return {"soft_place": place, "soft_token": inverse * self.Q + slot % self.Q, "soft_item": entity[entity < self.num_items],
                 "soft_cf": vectors}
 
@@ -364,7 +385,10 @@ class ILM(nn.Module, Portable):
         if not soft or "soft_place" not in soft:
             return self.llm.get_input_embeddings()(ids)
         words = self.llm.get_input_embeddings()(ids.masked_fill(ids >= SOFT_BASE, 0))
-        tokens = self.soft_tokens(torch.cat([self.cf[soft["soft_item"]], soft["soft_cf"].to(self.cf)])).flatten(0, 1)
+        items, users = self.cf[soft["soft_item"]], soft["soft_cf"].to(self.cf)
+        items = self.with_history(items)
+        users = users if users.shape[1] == items.shape[1] else self.with_history(users)  # a mixture of items
+        tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
         tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
 
@@ -561,7 +585,7 @@ def make_encoder(config, cf_dim, hidden):
     if config["method"] == "text":
         return None
     if config["method"] == "mlp":
-        return MLPEncoder(cf_dim, config["num_queries"], hidden)
+        return MLPEncoder(cf_dim * (1 + config["qformer"].get("history", 0)), config["num_queries"], hidden)
     encoder = QFormer(QFormerConfig(**config["qformer"]))
     encoder.freeze_all_but_encode()
     return encoder
@@ -587,7 +611,7 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
     model = build_ilm(config, extend(dataset, new) if new else dataset, torch.device(device))
     load_weights(model.saved_parameters(), Path(run) / "model.safetensors", skip={"base"} if new else ())
-    if new and config.get("prior", "none") != "none":
+    if new and config.get("prior", "none") not in ("none", "counts"):
         model.calibrate()  # the catalogue has other names
     return model.eval()
 

@@ -28,6 +28,7 @@ class QFormerConfig:
     width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; --width 768 --layers 8 --init-bert is nearest to the paper
     layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
     heads: int = 0           # H; 0 stands for width // 32, or the next smaller number that divides the width
+    history: int = 0         # W, items of a user's history that queries read beside the CF vector; 0: the vector alone
     cf_tokens: int = 4       # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys
     proj_dim: int = 64       # P. 256 in BLIP-2
     max_text: int = 48       # T at most. 32 in BLIP-2
@@ -106,11 +107,12 @@ class Layer(nn.Module):
     def __init__(self, config, cross):
         super().__init__()
         self.self_attention = Attention(config.width, config.heads, config.dropout)
+        self.history_attention = Attention(config.width, config.heads, config.dropout) if config.history else None
         self.cross_attention = Attention(config.width, config.heads, config.dropout) if cross else None
         self.query_ffn = FeedForward(config.width, config.dropout)
         self.text_ffn = FeedForward(config.width, config.dropout)
 
-    def forward(self, x, num_queries, cf_keys, mask, keep=None, pair=None):
+    def forward(self, x, num_queries, cf_keys, mask, keep=None, pair=None, history=None):
         if mask is not None:
             mask = mask[..., :keep, :]
         x = self.self_attention(x[:, :keep], x, mask)
@@ -119,6 +121,8 @@ class Layer(nn.Module):
             queries, text = queries.index_select(0, pair), text.index_select(0, pair)  # [pair] has a backward that differs from run to run
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
+        if num_queries and history is not None:
+            queries = self.history_attention(queries, *history)
         return torch.cat([self.query_ffn(queries), text], 1)
 
 
@@ -139,6 +143,23 @@ class CFKeys(nn.Module):
         return self.linear(cf).view(len(cf), self.tokens, -1)
 
 
+class HistoryKeys(nn.Module):
+    """The last W items of a user's history, latest first (B, W * E), zeros where there is none -> keys (B, W + 1, D), one of them always
+    there, and which of them may be attended to (B, 1, 1, W + 1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.cf_dim, config.width)
+        self.places = nn.Parameter(torch.zeros(config.history + 1, config.width))
+
+    def forward(self, history):
+        B, W = len(history), len(self.places) - 1
+        items = history.view(B, W, -1)
+        keys = torch.cat([self.linear(items), torch.zeros_like(self.places[:1]).expand(B, 1, -1)], 1) + self.places
+        there = torch.cat([(items != 0).any(2), torch.ones(B, 1, dtype=torch.bool, device=items.device)], 1)
+        return keys, there[:, None, None]
+
+
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 class QFormer(nn.Module):
@@ -148,6 +169,7 @@ class QFormer(nn.Module):
         self.config, self.width, D = config, config.width, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)
+        self.history_keys = HistoryKeys(config) if config.history else None
         self.words = nn.Embedding(config.vocab_size, D)
         self.positions = nn.Embedding(config.max_text, D)  # text alone: queries have no order
         self.norm = nn.LayerNorm(D, eps=1e-12)
@@ -170,6 +192,12 @@ class QFormer(nn.Module):
         for cross in (layer.cross_attention for layer in self.layers if layer.cross_attention is not None):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
             nn.init.normal_(cross.out.weight, std=D**-0.5)
+        if config.history:  # the history says nothing at first, and learns what the vector leaves out
+            nn.init.normal_(self.history_keys.linear.weight, std=config.cf_dim**-0.5)
+            nn.init.normal_(self.history_keys.places, std=1.0)
+            for layer in self.layers:
+                nn.init.normal_(layer.history_attention.value.weight, std=D**-0.5)
+                nn.init.zeros_(layer.history_attention.out.weight)
 
     def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint", keep=None, pair=None):
         """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None for what was not given.
@@ -186,9 +214,12 @@ class QFormer(nn.Module):
             parts.append(self.words(text_ids) + self.positions(torch.arange(T, device=text_ids.device)))
             mask = attention_pattern(pattern, num_queries, text_mask)
         x = F.dropout(self.norm(torch.cat(parts, 1)), self.config.dropout, self.training)   # (B, Q+T, D)
+        history, E = None, self.config.cf_dim
+        if self.config.history and cf is not None and cf.shape[1] > E:
+            cf, history = cf[:, :E], self.history_keys(cf[:, E:])
         cf_keys = None if cf is None else self.cf_keys(cf)                                  # (B, M, D)
         for layer in self.layers:
-            x = layer(x, num_queries, cf_keys, mask, keep if layer is self.layers[-1] else None, pair)
+            x = layer(x, num_queries, cf_keys, mask, keep if layer is self.layers[-1] else None, pair, history)
             if pair is not None:
                 mask, pair = mask[pair], None
         return (x[:, :num_queries] if num_queries else None), (x[:, num_queries:] if text_ids is not None else None)
@@ -199,7 +230,7 @@ class QFormer(nn.Module):
 
     def freeze_all_but_encode(self):
         """Stage 2 reads CF vectors alone: what encode() does not touch (text branch, heads, temperature) is frozen."""
-        used = ("queries", "cf_keys", "norm", "self_attention", "cross_attention", "query_ffn")
+        used = ("queries", "cf_keys", "history_keys", "norm", "self_attention", "cross_attention", "history_attention", "query_ffn")
         for name, parameter in self.named_parameters():
             parts = name.split(".")
             parameter.requires_grad_(parts[0] in used or parts[0] == "layers" and parts[2] in used)

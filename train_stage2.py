@@ -17,6 +17,7 @@ LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at 
 The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer
 from assets.guard import InputError, Parser, reading, within
 from assets.run import (RunDirectory, check_fingerprint, check_step, distribute, fingerprint, from_pretrained, load_weights, own_rows,
                         precision, process, progress, read_config, run_training, say, start_processes, sum_over_processes)
-from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
+from data import HISTORY, RANKING_TASKS, last_items, load_dataset, load_prompts, ranking_templates
 from ilm import PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (LOCAL_ARGS, Texts, add_qformer_args, add_training_args, clip_and_step, make_optimizer, print_parameters,
@@ -105,13 +106,17 @@ class Examples:
         """Standardised vectors (B, E) when the target of `split` is asked for."""
         if self.model.shuffled:
             users = self.stranger[users]
-        return self.dataset.standard_users(self.dataset.users_at(users, split))
+        vectors = self.dataset.standard_users(self.dataset.users_at(users, split))
+        histories = [self.dataset.items_of(u, split) for u in users]
+        recent = [last_items(history, [len(history)], self.model.history) for history in histories]
+        return self.model.with_history(vectors, np.concatenate(recent))
 
     def training_users(self, user, places):
         if self.model.shuffled:
             others = self.users[self.stranger[user] % len(self.users)]
             places, user = places % len(self.dataset.items_of(others, "train")), others
-        return self.dataset.standard_users(self.dataset.training_users(user, places))
+        vectors, history = self.dataset.standard_users(self.dataset.training_users(user, places)), self.dataset.items_of(user, "train")
+        return self.model.with_history(vectors, last_items(history, places, self.model.history))
 
     # -- examples
 
@@ -222,6 +227,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     add_training_args(p, "ilm", steps=200, batch_size=16, lr=2e-3)
     add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
+    p.add_argument("--history", type=within(int, 0, 200), default=20, help="W, items of a user's history that the encoder reads beside their vector [20]")
     p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
     p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
@@ -262,7 +268,7 @@ def make_config(args, dataset):
     else:
         given = {k: v for k, v in shape.items() if v is not None}
         qformer_config = asdict(QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given))
-    qformer_config = qformer_config | {"dropout": 0.0}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
+    qformer_config = qformer_config | {"dropout": 0.0, "history": args.history}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
     given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
     return {**given, "kind": "stage2", "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
             "num_queries": qformer_config["num_queries"], "fingerprint": fingerprint(dataset)}, qformer
@@ -276,9 +282,10 @@ def main():
     torch.manual_seed(args.seed)
     model = build_ilm(config, dataset, device)
     if qformer is not None:
-        model.encoder.load_state_dict(qformer.state_dict())
+        weights = model.encoder.state_dict()  # stage 1 has no history keys
+        model.encoder.load_state_dict({name: qformer.state_dict().get(name, x) for name, x in weights.items()})
         model.match_scale()
-    if config["prior"] != "none" and not config["full_vocabulary"]:
+    if config["prior"] not in ("none", "counts") and not config["full_vocabulary"]:
         model.calibrate()
     trainable = [p for p in model.parameters() if p.requires_grad]
     say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
@@ -309,6 +316,15 @@ def main():
     parallel = distribute(model, world if trainable else 1)
     seen_targets = run.state["targets"] if run.state else 0
 
+    def draw(step):
+        """A step's kinds of micro-batches, the batches and a seed for dropout: a function of (seed, step)."""
+        rng = np.random.default_rng([args.seed, step])
+        seed = int(rng.integers(2**62))
+        drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
+        return seed, drawn, [examples.batch(kind, args.batch_size, rng) for kind in drawn]
+
+    ahead = ThreadPoolExecutor(1)  # makes the next step's batches while the device computes
+    following = ahead.submit(draw, run.start) if run.start < args.steps else None
     for step in progress(run.start, args.steps, "stage 2"):
         # -- learning rate
         rate = set_learning_rate(optimizer, step, args.steps, args.lr)
@@ -322,10 +338,9 @@ def main():
             break
         run.stop_if_asked(step, parameters, optimizer, scaler, None, seen_targets)
         # -- losses: the sum over all target tokens of the step's micro-batches, over their number
-        rng = np.random.default_rng([args.seed, step])
-        torch.manual_seed(int(rng.integers(2**62)) + rank)
-        drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
-        batches = [examples.batch(kind, args.batch_size, rng) for kind in drawn]
+        seed, drawn, batches = following.result()
+        following = ahead.submit(draw, step + 1) if step + 1 < args.steps else None
+        torch.manual_seed(seed + rank)
         targets, = sum_over_processes(sum(len(batch["target"]) for batch in batches))
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
@@ -343,6 +358,7 @@ def main():
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
             run.log(step=step, **losses, grad_norm=norm, tau=model.tau.item(), targets=seen_targets, lr=rate, scale=scaler.get_scale())
+    ahead.shutdown()
     say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
 
 

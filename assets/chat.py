@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from assets.guard import CONTROL, InputError, printable
-from data import HISTORY, load_prompts
+from data import HISTORY, last_items, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -116,7 +116,8 @@ class Chat:
         user, cf = users[0] if users else None, None
         if user is None:  # somebody new, who is what they liked
             dataset = self.model.dataset
-            cf = dataset.standard_users(dataset.solver.of_histories([history]))[0]
+            cf = dataset.standard_users(dataset.solver.of_histories([history]))
+            cf = self.model.with_history(cf, last_items(history, [len(history)], self.model.history))[0]
         with torch.no_grad():
             prompt = self.model.prompt_ids(template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests)
             found, = self.model.recommend([prompt], [had])

@@ -79,7 +79,7 @@ def choose_cf(users, items, indptr, num_items, args, item_cf=None):
     # The best, and the smallest E that is not told apart from it
     mean = {settings: value.mean().item() for settings, value in found.items()}
     best = max(mean, key=mean.get)
-    error = (found[best].std() / len(people) ** 0.5).item()
+    error = (found[best].std() / len(people) ** 0.5).item() if len(people) > 1 else 0.0
     equal = min(s.dim for s in mean if mean[s] >= mean[best] - error)
     chosen = max((s for s in mean if s.dim == equal), key=mean.get)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from assets.guard import InputError
 from assets.run import check_name
+from data import last_items
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -65,9 +66,10 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
         with open(path, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for cf in self.cf.split(chunk):
-                f.write(self.soft_tokens(cf).float().cpu().numpy().tobytes())
+                f.write(self.soft_tokens(self.with_history(cf)).float().cpu().numpy().tobytes())
             for some in (users[k:k + chunk] for k in range(0, len(users), chunk)):
-                cf = self.dataset.standard_users(self.dataset.users_at(some)).to(self.cf)
+                recent = [last_items(x, [len(x)], self.history) for x in map(self.dataset.items_of, some)]
+                cf = self.with_history(self.dataset.standard_users(self.dataset.users_at(some)), np.concatenate(recent)).to(self.cf)
                 f.write(self.soft_tokens(cf).float().cpu().numpy().tobytes())
         return shape[0] / (time.time() - began)
 

@@ -22,6 +22,7 @@ from assets.guard import InputError, Interrupted, drop_previous, end_move, readi
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
 def pick_device(name=None):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape of a batch, and no two are alike
     with reading(f"--device {name}", "cpu always works"):
         return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
 

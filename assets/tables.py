@@ -108,7 +108,7 @@ def print_tables(results, against="ilm"):
     if most:
         print("; of ".join([f"SC by {most}", *(f"{', '.join(dict.fromkeys(encoders[e]))} by {e}" for e in others)]))
     for name, found in by_method(results, lambda r: r["retention"]).items():
-        print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over that of {results[0]['yardstick']})")
+        print(f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over that of {union('yardstick')})")
 
 
 def plot(results, folder):

@@ -137,7 +137,7 @@ def make_ilm(llm, method="text", queries=4):
     """An ILM around any LLM, on 150 users of the toy world."""
     folder = Path(tempfile.mkdtemp()) / "toy"
     with contextlib.redirect_stdout(None):
-        data.prepare(data.parse_args(["--max-users", "150", "--out", str(folder)]))
+        data.prepare(data.parse_args(["--max-users", "150", "--cf-dim", "24", "--recency", "0.9", "--reg", "1", "--out", str(folder)]))
     dataset = data.load_dataset(folder)
     shutil.rmtree(folder.parent)
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
@@ -176,9 +176,9 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
             trie, allowed, index = ilm.Trie(names), allowed_by(names), {name: i for i, name in enumerate(names)}
 
             def theirs():
-                ids, mask, _ = model.pad(prompts)
+                embeddings, mask, _ = model.pad(prompts)
                 with torch.no_grad():
-                    return model.llm.generate(inputs_embeds=model.embed(ids), attention_mask=mask, num_beams=beams, eos_token_id=0,
+                    return model.llm.generate(inputs_embeds=embeddings, attention_mask=mask, num_beams=beams, eos_token_id=0,
                                               num_return_sequences=beams, max_new_tokens=9, renormalize_logits=True, do_sample=False,
                                               prefix_allowed_tokens_fn=allowed, pad_token_id=0, length_penalty=0.0, output_scores=True,
                                               return_dict_in_generate=True)
@@ -225,8 +225,10 @@ def windows(model, users):
     examples = train_stage2.Examples(model, model.dataset)
     templates, out = examples.templates["sequential", "seen"], []
     for u in users:
-        w, template = examples.sequences[u][-21:], templates[u // 4 % len(templates)]
-        out.append([(examples.ranking("sequential", u, w[:k], template), model.name_ids[w[k]]) for k in range(1, len(w))])
+        s = model.dataset.items_of(u, "train")
+        w, template = s[-21:], templates[u // 4 % len(templates)]
+        cf = examples.training_users(u, np.arange(len(s) - len(w) + 1, len(s)))
+        out.append([(examples.ranking("sequential", u, w[:k], template, cf[k - 1]), model.name_ids[w[k]]) for k in range(1, len(w))])
     return out
 
 
@@ -234,10 +236,10 @@ def bench_stage2(args):
     toy = AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
     for name, llm, users in (("toy LLM, width 160, 3 layers", toy, 40), ("Llama, width 512, 8 layers", random_llm(512, 8, 2_000), 12)):
         model = make_ilm(llm, "ilm-rand").train()
-        users = windows(model, range(users))
-        packed = [train_stage2.collate([train_stage2.pack(u) for u in users[k:k + 4]]) for k in range(0, len(users), 4)]
-        singles = [train_stage2.pack([e]) for u in users for e in u]
-        batches = lambda rows: [train_stage2.collate(rows[k:k + 32]) for k in range(0, len(rows), 32)]
+        users, examples = windows(model, range(users)), train_stage2.Examples(model, model.dataset)
+        packed = [examples.collate([examples.pack(u) for u in users[k:k + 4]]) for k in range(0, len(users), 4)]
+        singles = [examples.pack([e]) for u in users for e in u]
+        batches = lambda rows: [examples.collate(rows[k:k + 32]) for k in range(0, len(rows), 32)]
         shuffled = batches([singles[k] for k in np.random.default_rng(0).permutation(len(singles))])
         like = batches(sorted(singles, key=lambda row: len(row["ids"])))  # little padding: more than OpenP5 does
         a, b = loss_and_gradient(model, packed), loss_and_gradient(model, like)
@@ -275,6 +277,13 @@ def als_loss(users, items, X, Y, alpha=2.0, reg=1.0):
     return total + ((X.T @ X) * (Y.T @ Y)).sum().item() + reg * (X.pow(2).sum() + Y.pow(2).sum()).item()
 
 
+def fit(users, items, num_users, num_items, iterations):
+    """Our ALS at E 24, with the users' side that train_cf throws away -> both sides."""
+    settings = data.CFSettings(24, alpha=2.0, reg=1.0)
+    Y = data.train_cf(users, items, num_users, num_items, settings, iterations)
+    return data.als_solve(Y, data.length_batches(users, items, num_users, num_items), num_users, settings), Y
+
+
 def bench_cf(args):
     import scipy.sparse
     from implicit.als import AlternatingLeastSquares
@@ -291,12 +300,33 @@ def bench_cf(args):
 
         goal, u, i = als_loss(users, items, *theirs()), torch.from_numpy(users), torch.from_numpy(items)
         for n in (5, 10, 15, 20, 30, 40):  # as many iterations as it takes to be at least as good
-            loss = als_loss(users, items, *data.train_cf(u, i, U, I, 24, iterations=n))
+            loss = als_loss(users, items, *fit(u, i, U, I, n))
             if loss <= goal:
                 break
         alternate(f"CF: {len(users):,} interactions, {U:,} users, {I:,} items", {
-            f"ours, {n} iterations, loss {loss:,.0f}": lambda: data.train_cf(u, i, U, I, 24, iterations=n),
+            f"ours, {n} iterations, loss {loss:,.0f}": lambda: fit(u, i, U, I, n),
             f"implicit, 15 iterations, loss {goal:,.0f}": theirs}, args.rounds if name != "25M" else min(2, args.rounds))
+
+
+# ---- Users at a moment -----------------------------------------------------------------------------------------------
+
+def bench_moment(args, E=128, I=3_706, users=8, length=2_300, targets=20):
+    """What the vectors of a micro-batch cost: users with the longest histories of ML-1M, 20 targets each."""
+    random = np.random.default_rng(0)
+    item_cf = torch.from_numpy(random.normal(0, 0.3, (I, E)).astype(np.float32))
+    histories = [random.permutation(I)[:length] for _ in range(users)]
+    windows = [np.arange(start, start + targets) for start in random.integers(1, length - targets, users)]
+    for recency, reg in ((0.7, 1.0), (1.0, 1.0)):
+        solver = data.UserSolver(item_cf, data.CFSettings(E, reg=reg, recency=recency))
+        prefixes = [history[:place] for history, window in zip(histories, windows) for place in window]
+        others = [np.delete(history, place) for history, window in zip(histories, windows) for place in window]
+        ask = solver.before if recency < 1 else solver.without
+        ours = lambda: torch.cat([ask(history, window) for history, window in zip(histories, windows)])
+        one_by_one = lambda: solver.of_histories(prefixes if recency < 1 else others)
+        torch.testing.assert_close(ours(), one_by_one(), atol=1e-3, rtol=1e-2)
+        alternate(f"moments: {users} x {targets} targets, histories of {length:,}, E {E}, d {recency}", {
+            "ours: prefixes share their sums" if recency < 1 else "ours: the sums less the target's": ours,
+            "each folded in from its own history": one_by_one}, args.rounds)
 
 
 def prepare_memory(interactions, rows, dim=24):
@@ -335,11 +365,11 @@ def bench_catalogue(args):
     model = make_ilm(random_llm(256, 2, 2_000), "ilm-rand").eval()
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     cf, rates = torch.randn(1_000_000, model.cf.shape[1]), []
-    model.cf = cf[:100_000]
+    model.cf, model.num_items = cf[:100_000], 100_000
     model.export("/dev/null")
     before = peak()
     for _ in range(args.rounds):
-        model.cf = cf
+        model.cf, model.num_items = cf, len(cf)
         rates.append(model.export("/dev/null"))
     print(f"\ncatalogue: 1,000,000 items to soft tokens, {min(rates):,.0f} / {np.median(rates):,.0f} / {max(rates):,.0f} a second (min, "
           f"median, max); peak memory {peak() - before:+.0f} MiB against 100,000 items")
@@ -366,7 +396,8 @@ def bench_share(args):
                              ("Llama, width 512, 8 layers", random_llm(512, 8, 2_000), 4),
                              ("Llama, width 1024, 8 layers", random_llm(1024, 8, 2_000), 2)):
         model, saved = make_ilm(llm, "ilm-rand").train(), {}
-        batch = train_stage2.collate([train_stage2.pack(u) for u in windows(model, range(users))])
+        examples = train_stage2.Examples(model, model.dataset)
+        batch = examples.collate([examples.pack(u) for u in windows(model, range(users))])
         keep = lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss_and_gradient(model, [batch])
@@ -411,7 +442,7 @@ def costs(config, rows, length, targets):
     return flop, saved
 
 
-SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking, "stage2": bench_stage2, "cf": bench_cf, "prepare": bench_prepare,
+SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking, "stage2": bench_stage2, "cf": bench_cf, "moment": bench_moment, "prepare": bench_prepare,
             "catalogue": bench_catalogue, "share": bench_share}
 
 

@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 SHAPE = "--width 32 --layers 2 --num-queries 2 --batch-size".split()
 STAGES = {"train_stage1.py": [*SHAPE, 8, "--steps", 6, "--eval-every", 2],
           "train_stage2.py": ["--method", "ilm-rand", *SHAPE, 2, "--steps", 4, "--eval-every", 2, "--valid-users", 4]}
+CF = "--cf-dim 12 --recency 0.9 --reg 1".split()  # flags that leave nothing to choose: no search
 EVALUATE = ["--tasks", "sequential", "--max-users", 2]
 
 
@@ -38,9 +39,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """Path of a prepared toy data set with 150 users."""
+    """Path of a prepared toy data set with 150 users, who are known at a moment (recency .9)."""
     out = tmp_path_factory.mktemp("data") / "toy"
-    data.prepare(data.parse_args(["--max-users", "150", "--cf-dim", "12", "--out", str(out)]))
+    data.prepare(data.parse_args(["--max-users", "150", *CF, "--out", str(out)]))
     return out
 
 
@@ -84,12 +85,30 @@ def work(script, tmp_path_factory):
     """A folder with a small data set and one finished run of each stage: what no interruption may change."""
     work = tmp_path_factory.mktemp("work")
     (work / "assets").symlink_to(ROOT / "assets")
-    assert script("data.py", "--max-users", 60, "--cf-dim", 8, cwd=work).returncode == 0
+    assert script("data.py", "--max-users", 60, *CF, cwd=work).returncode == 0
     for name, argv in STAGES.items():
         done = script(name, *argv, "--out", name[:-3], cwd=work)
         assert done.returncode == 0 and not done.stderr, done.stderr
     assert script("evaluate.py", "--run", "train_stage2", *EVALUATE, cwd=work).returncode == 0
     return work
+
+
+def embedded(model, prompt, targets=((),)):
+    """What the LLM reads of one prompt with each of N targets of one length behind it, (N, L, hidden)."""
+    ids = torch.tensor([[*prompt, *target] for target in targets])
+    return model.embed(ids, model.soft_index(ids, getattr(prompt, "cf", [])))
+
+
+def as_read(model, histories):
+    """What an encoder reads of users with these histories, (B, (1 + W) * E): their standardised vector, folded in, and behind it the
+    vectors of their last W items, latest first, zeros where there is none."""
+    dataset, rows = model.dataset, []
+    vectors = dataset.standard_users(dataset.solver.of_histories(histories))
+    for vector, history in zip(vectors, histories):
+        latest = [model.cf[int(i)] for i in history][::-1][:model.history]
+        none = torch.zeros((model.history - len(latest)) * model.cf.shape[1])
+        rows.append(torch.cat([vector, *latest, none]))
+    return torch.stack(rows)
 
 
 def real(path):

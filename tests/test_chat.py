@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, as_read
 
 import data
 import train_stage2
@@ -146,11 +146,28 @@ def test_mentions_by_id_title_and_mixture(chat):
     title = chat.items[7]["title"]
     assert chat.resolve("Compare {item:003}, [" + title.upper() + "] and {history:001,002} for {user:5}") == (
         f"Compare {{item:2}}, {{item:7}} and {{history:0,1}} for {{user:{chat.known['user']['5']}}}")
-    before = len(chat.model.cf)
-    assert chat.resolve("{item:003*0.25+item:008*0.75}") == f"{{item:{before}}}"
-    torch.testing.assert_close(chat.model.cf[-1], 0.25 * chat.model.cf[2] + 0.75 * chat.model.cf[7])
+    for number in range(2):  # the items that there are, then the mixtures of this conversation
+        assert chat.resolve("{item:003*0.25+item:008*0.75}") == f"{{item:{120 + number}}}"
+        torch.testing.assert_close(chat.guests[number], 0.25 * chat.model.cf[2] + 0.75 * chat.model.cf[7])
     with pytest.raises(data.InputError, match="did you mean"):
         chat.resolve("{item:003*0.5+item:99*0.5}")
+
+
+def test_a_mixture_reaches_the_model_as_its_vector(chat, monkeypatch):
+    read = []
+    monkeypatch.setattr(chat.model, "generate", lambda prompts, limit, streamer: read.append(prompts[0]))
+    chat.answer("Describe {item:003*0.5+item:008*0.5}.")
+    model, prompt = chat.model, read[0]
+    entity, = {(i - (1 << 24)) // model.Q for i in prompt if i >= 1 << 24}
+    torch.testing.assert_close(prompt.cf[entity - model.num_items], 0.5 * model.cf[2] + 0.5 * model.cf[7])
+
+
+def test_somebody_new_is_what_they_liked(chat, monkeypatch, capsys):
+    """In the order in which it is said, and wherever {user} stands in the prompt."""
+    read = []
+    monkeypatch.setattr(chat.model, "recommend", lambda prompts, taken: read.append(prompts[0]) or [[]])
+    chat.recommend(chat.resolve("{history:001,002} and {item:009}"))
+    torch.testing.assert_close(read[0].cf, [as_read(chat.model, [[0, 1, 8]])[0]])
 
 
 def test_recommendations_leave_out_what_they_had_and_end_in_a_valid_list(chat, capsys):

@@ -1,11 +1,14 @@
+import html
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import real
+from conftest import CF, real
 
 import data
+from assets import choose_cf
 
 
 def prepare(tmp_path, *argv):
@@ -33,7 +36,7 @@ def csv_source(folder, rows, items=None):
 ])
 def test_known_totals(tmp_path, source, argv, totals, capsys):
     argv = [real("data/" + a) if a.endswith("u.item") else a for a in argv]
-    dataset = prepare(tmp_path, *argv, "--source", real("data/" + source), "--cf-dim", 4)
+    dataset = prepare(tmp_path, *argv, "--source", real("data/" + source), *"--cf-dim 4 --recency 1 --reg 1".split())
     assert (dataset.meta["users"], dataset.meta["items"], dataset.meta["interactions"]) == totals
     assert f"{totals[0]:,} users, {totals[1]:,} items, {totals[2]:,} interactions" in capsys.readouterr().out
     assert len({item["title"] for item in dataset.items}) == totals[1]
@@ -91,57 +94,132 @@ def test_users_with_fewer_than_three_interactions_train_cf_alone(tmp_path):
     rows = [("long", i, t) for t, i in enumerate("abcd")] + [("short", "a", 1), ("short", "d", 2)]
     dataset = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "in", rows), "--min-count", 1)
     assert dataset.meta["short_users"] == 1 and [dataset.users[u] for u in dataset.eligible()] == ["long"]
-    assert dataset.raw_cf[1][3].abs().sum() > 0  # item d trains through `short` although it is `long`'s test item
+    assert dataset.raw_cf[3].abs().sum() > 0  # item d trains through `short` although it is `long`'s test item
 
 
 # -- CF
 
 
-def test_als_solves_the_normal_equations():
+@pytest.mark.parametrize("E", [3, 12])  # long rows and short ones
+@pytest.mark.parametrize("reg, a0", [(0.5, 0.0), (0.02, 0.3)])
+def test_als_solves_the_normal_equations(E, reg, a0):
     torch.manual_seed(0)
-    fixed, rows, columns = torch.randn(7, 3), torch.tensor([3, 0, 2, 2, 0, 2, 2]), torch.tensor([5, 1, 0, 2, 4, 3, 6])
+    fixed, rows, columns = torch.randn(7, E), torch.tensor([3, 0, 2, 2, 0, 2, 2]), torch.tensor([5, 1, 0, 2, 4, 3, 6])
     for budget in (1, 1 << 18):  # one row at a time, or all padded together
-        x = data.als_solve(fixed, data.length_batches(rows, columns, 4, 7, budget), 4, alpha=2.0, reg=0.5)
+        settings = data.CFSettings(E, alpha=2.0, reg=reg, a0=a0)
+        x = data.als_solve(fixed, data.length_batches(rows, columns, 4, 7, budget), 4, settings)
         for row in range(4):
             confidence, wanted = torch.ones(7), torch.zeros(7)
             confidence[columns[rows == row]] = 3.0
             wanted[columns[rows == row]] = 1.0
-            A = fixed.T @ (confidence[:, None] * fixed) + 0.5 * torch.eye(3)
-            torch.testing.assert_close(x[row], torch.linalg.solve(A, fixed.T @ (confidence * wanted)), atol=1e-5, rtol=1e-5)
+            ridge = reg * (int((rows == row).sum()) + a0 * 7) if a0 else reg
+            A = (fixed.T @ (confidence[:, None] * fixed) + ridge * torch.eye(E)).double()
+            found = torch.linalg.solve(A, (fixed.T @ (confidence * wanted)).double()).float()
+            torch.testing.assert_close(x[row], found, atol=1e-5 if a0 == 0 else 5e-5, rtol=1e-5)
 
 
 def test_cf_sees_the_training_part_alone(tmp_path):
     rng = np.random.default_rng(0)
     rows = [(f"u{u}", f"i{i:02d}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:8])]
     ends = [(f"u{u}", "planted", 100 + t) for u in range(30) for t in range(2)]
-    with_plant = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "a", rows + ends), "--min-count", 1)
+    flags = "--min-count 1 --cf-dim 24 --reg 1 --recency 0.9".split()
+    with_plant = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "a", rows + ends), *flags)
     other_ends = [(f"u{u}", f"i{(u + t) % 20:02d}", 100 + t) for u in range(30) for t in range(2)]
-    without = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "b", rows + other_ends), "--min-count", 1)
-    assert with_plant.items[-1]["id"] == "planted" and (with_plant.raw_cf[1][-1] == 0).all()
+    without = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "b", rows + other_ends), *flags)
+    assert with_plant.items[-1]["id"] == "planted" and (with_plant.raw_cf[-1] == 0).all()
     assert len(with_plant.items) == len(without.items) + 1
-    scores = [d.raw_cf[0] @ d.raw_cf[1][:20].T for d in (with_plant, without)]  # vectors start from other random numbers
+    scores = [d.users_at(range(30), "valid") @ d.raw_cf[:20].T for d in (with_plant, without)]  # vectors start from other random numbers
     torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
 
 
-def test_own_embeddings(tmp_path):
-    rows = [(f"u{u}", i, t) for u in range(5) for t, i in enumerate("abcd")]
-    source, vectors = csv_source(tmp_path / "in", rows), {"user": np.eye(5, 3), "item": np.ones((4, 3))}
-    np.savez(tmp_path / "cf.npz", **vectors)
-    dataset = prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
-    assert (dataset.raw_cf[0].numpy() == vectors["user"]).all() and dataset.raw_cf[0].dtype == torch.float32
-    np.savez(tmp_path / "cf.npz", user=np.eye(4, 3), item=np.ones((4, 3)))
-    with pytest.raises(data.InputError, match="expected finite"):
-        prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
+@pytest.fixture()
+def four_items(tmp_path):
+    """prepare(vectors) -> a data set of 5 users who all took the same four items, with somebody else's vectors."""
+    source = csv_source(tmp_path / "in", [(f"u{u}", i, t) for u in range(5) for t, i in enumerate("abcd")])
+
+    def make(**vectors):
+        np.savez(tmp_path / "cf.npz", **vectors)
+        return prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
+
+    return make
+
+
+def test_users_of_another_engine_stand_at_every_moment(four_items):
+    users, items = np.eye(5, 3, dtype=np.float32), np.ones((4, 3))
+    dataset = four_items(user=users, item=items)
+    assert (dataset.raw_cf.numpy() == items).all() and dataset.raw_cf.dtype == torch.float32
+    for split in ("valid", "test", None):
+        assert (dataset.users_at([2, 0], split).numpy() == users[[2, 0]]).all()
+    assert (dataset.training_users(2, np.array([1, 1])).numpy() == users[[2, 2]]).all()
+    assert (dataset.moments([2, 0], [1, 1]).numpy() == users[[2, 0]]).all()
+    assert (dataset.all_of([2, 0]).numpy() == users[[2, 0]]).all()
+
+
+def test_with_item_vectors_of_another_engine_alone_users_are_folded_in(four_items):
+    items = np.random.default_rng(0).normal(size=(4, 3))
+    dataset = four_items(item=items)
+    torch.testing.assert_close(dataset.raw_cf.double(), torch.from_numpy(items), atol=1e-6, rtol=1e-6)
+    assert dataset.user_cf is None and "user" not in np.load(dataset.path / "cf.npz")
+    wanted = dataset.solver.of_histories([dataset.items_of(3, "test")])
+    assert torch.equal(dataset.users_at([3], "test"), wanted) and wanted.abs().sum() > 0
+    chosen = dataset.meta["cf"]["settings"]
+    assert chosen["dim"] == 3 and chosen["recency"] in choose_cf.RECENCIES and "valid_NDCG@10" in dataset.meta["cf"]
+
+
+def test_vectors_of_other_counts_are_refused(four_items):
+    for wrong in ({"user": np.eye(4, 3), "item": np.ones((4, 3))}, {"item": np.ones((5, 3))}):
+        with pytest.raises(data.InputError, match="expected finite"):
+            four_items(**wrong)
+
+
+# -- repeats and entities
+
+
+def test_what_a_log_says_twice_counts_once(tmp_path, capsys):
+    """Else the copy of a test item would be the validation item, or stand in the training part."""
+    dataset = prepare(tmp_path, "--dataset", "csv", "--source", real("cases/twice"), "--min-count", 1)
+    assert "note: 30 interactions repeat another (same user, item and time); each counts once" in capsys.readouterr().out
+    for user in range(6):
+        assert [dataset.items[i]["id"] for i in dataset.items_of(user)] == list("vwxyz")
+        assert dataset.target(user, "valid") != dataset.target(user, "test")
+        assert dataset.target(user, "test") not in dataset.items_of(user, "train")
+    test_items = {dataset.target(user, "test") for user in range(6)}
+    assert not dataset.raw_cf[sorted(test_items)].any()  # z is nobody's training item: CF never saw it
+
+
+def test_the_same_item_at_another_time_is_no_repeat():
+    users, items, times = np.array([0, 0, 0, 1, 0, 1]), np.array([5, 5, 5, 5, 6, 5]), np.array([9, 8, 9, 9, 9, 9])
+    assert data.first_of_each(users, items, times).tolist() == [True, True, False, True, True, False]
+
+
+def test_entities_in_titles_and_texts_are_characters():
+    """819 brands of Beauty, L&#39;Oreal before all, and a few titles."""
+    path = Path(real("data/openp5-beauty")) / "items.tsv"
+    table = data.read_items(path)
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    encoded = [row for row in rows if html.unescape("".join(row)) != "".join(row)]
+    assert len(encoded) > 819
+    for key, title, brand, _ in encoded:
+        item, title, brand = table[key], html.unescape(title), html.unescape(brand)
+        assert item["title"] == data.printable(title) and item["attributes"].get("brand", "") == data.printable(brand)
+        assert brand in item["text"] and "&#39;" not in item["text"] and "&amp;" not in item["text"]
+
+
+def test_entities_of_attributes_are_characters(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text("id,title,text,brand\n1,Salt &amp; Pepper,&quot;hot&quot;,A&amp;B\n")
+    item = data.read_items(path)["1"]
+    assert item == {"id": "1", "title": "Salt & Pepper", "text": '"hot"', "attributes": {"brand": "A&B"}}
 
 
 # -- the prepared folder
 
 
 def test_toy_is_a_function_of_its_seed(toy, tmp_path):
-    again = prepare(tmp_path, "--max-users", 150, "--cf-dim", 12)
+    again = prepare(tmp_path, "--max-users", 150, *CF)
     assert (again.sequence == data.load_dataset(toy).sequence).all()
-    assert torch.equal(again.raw_cf[1], data.load_dataset(toy).raw_cf[1])
-    other = prepare(tmp_path, "--max-users", 150, "--seed", 1)
+    assert torch.equal(again.raw_cf, data.load_dataset(toy).raw_cf)
+    other = prepare(tmp_path, "--max-users", 150, "--seed", 1, *CF)
     assert [i["title"] for i in other.items] == [i["title"] for i in again.items]  # --seed leaves the catalogue alone
 
 
@@ -162,7 +240,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 
 def test_a_changed_file_is_noticed(tmp_path):
-    dataset = prepare(tmp_path, "--max-users", 30)
+    dataset = prepare(tmp_path, "--max-users", 30, *CF)
     (dataset.path / "users.txt").write_text("u\n")
     with pytest.raises(data.InputError, match="users.txt: differs"):
         data.load_dataset(dataset.path)
@@ -195,7 +273,17 @@ def test_openp5_prompt_lines_are_accepted(tmp_path):
 
 def test_meta_counts(toy):
     meta = json.loads((toy / "meta.json").read_text())
-    assert meta["users"] == 150 and meta["items"] == 120 and meta["cf"]["dim"] == 12
+    assert meta["users"] == 150 and meta["items"] == 120
+    assert meta["cf"]["settings"] == {"dim": 12, "alpha": 2.0, "reg": 1.0, "a0": 0.0, "recency": 0.9}
+
+
+@pytest.mark.parametrize("number", [1, None, 99])
+def test_a_folder_of_another_format_is_one_line(toy, tmp_path, number):
+    """Format 1 had a table of users' vectors, and no number."""
+    meta = json.loads((toy / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in (meta | {"format": number}).items() if v is not None}))
+    with pytest.raises(data.InputError, match=r"another version of data.py \(format \d+, now 2\); prepare it again"):
+        data.load_dataset(tmp_path)
 
 
 def test_the_24_tasks_follow_from_the_truth(toy):
@@ -207,7 +295,7 @@ def test_the_24_tasks_follow_from_the_truth(toy):
     elm = [t[0] for t in data.load_prompts() if t[0] not in (*data.RANKING_TASKS, *dataset.items[0]["attributes"])]
     elm = [t for t in dict.fromkeys(elm) if t not in ("genres", "decade", "brand", "categories")]
     assert len(elm) == 24 and all({t["split"] for t in by_task[task]} == {"train", "valid", "test"} for task in elm)
-    near = torch.nn.functional.normalize(dataset.raw_cf[1])
+    near = torch.nn.functional.normalize(dataset.raw_cf)
     for t in by_task["neighbour difference"][:30]:
         a, b = t["items"]
         pool = [i for i in dataset.items_in(t["split"]) if i != a]

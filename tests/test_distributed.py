@@ -55,7 +55,7 @@ def step_of_stage2(toy, world):
             (total * world / count).backward()
         loss += total.item()
     loss, = train_stage1.sum_over_processes(loss / count)
-    valid = train_stage2.held_out_losses(model, examples.held_out("valid", 7, 2), torch.device("cpu"))
+    valid = train_stage2.held_out_losses(model, examples.held_out("valid", 7, 2))
     return finish(model, torch.tensor([loss, *valid.values()]))
 
 

@@ -1,11 +1,12 @@
 import json
 import math
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVALUATE, ROOT
+from conftest import CF, EVALUATE, ROOT
 
 import data
 import evaluate
@@ -25,9 +26,10 @@ def test_metrics_by_hand():
     assert m["se"]["HR@5"] == pytest.approx(math.sqrt(4 / 3 * 0.25) / 2)
 
 
-def test_hits_hold_all_that_the_metrics_need():
+def test_ranks_hold_all_that_the_metrics_need():
     m = evaluate.ranking_metrics(torch.tensor([1, 10, 11, 200, 4]))
-    assert m["hits"] == "1a004"
+    assert m["ranks"] == [1, 10, 11, 200, 4] and {*map(type, m["ranks"])} == {int}
+    assert json.loads(json.dumps(m)) == m
     assert evaluate.per_user(m, "HR@5").tolist() == [1, 0, 0, 0, 1]
     assert evaluate.per_user(m, "NDCG@10").mean() == pytest.approx(m["NDCG@10"])
 
@@ -46,7 +48,7 @@ def test_the_bootstrap_knows_a_difference_from_noise():
 def test_seeds_of_a_method_are_one_line(capsys):
     m = lambda hits: {**evaluate.ranking_metrics([1 if h else 99 for h in hits]), "written": {}}
     runs = [{"run": f"out/{name}", "rec": {"sequential": {"seen": m(h), "unseen": m(h)}}, "references": {"mf": m([1, 0, 0, 0])},
-             "retention": 1.0, "split": "test", "filtered": True, "device": "cpu", "commit": "c"}
+             "retention": 1.0, "yardstick": "mf", "split": "test", "filtered": True, "device": "cpu", "commit": "c"}
             for name, h in (("ilm-s0", [1, 1, 1, 0]), ("ilm-s1", [1, 1, 0, 0]), ("mlp-s0", [0, 0, 0, 1]))]
     def lines(against):
         tables.print_tables(runs, against)
@@ -57,16 +59,6 @@ def test_seeds_of_a_method_are_one_line(capsys):
     assert float(found["mlp, seen prompts"][-1]) < 1
     found = lines("mf")  # a reference has no prompts: every line is compared with it
     assert found["mf"][-1] == "1" and float(found["ilm, seen prompts"][-1]) < 1 and found["mlp, unseen prompts"][-1] == "users"
-
-
-def test_sasrec_learns_what_follows_what():
-    from assets.sasrec import train_sasrec
-    class Cycle:  # item k is followed by item k + 1
-        items = range(12)
-        eligible = lambda self: np.arange(40)
-        items_of = lambda self, u, split: (np.arange(9) + u) % 12
-    right = lambda score: sum(i == (u + 9) % 12 for u, i in enumerate(score(range(12), "test").argmax(1).tolist()))
-    assert right(train_sasrec(Cycle(), right, steps=400, batch_size=32)) >= 11  # of 12; chance: 1
 
 
 def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
@@ -98,26 +90,6 @@ def test_history_goes_but_a_repeated_target_stays(toy):
     assert not evaluate.targets_and_taken(dataset, [0, 1], "test", keep_history=True)[1].any()
 
 
-def test_the_oracle_is_bayes_rule_by_enumeration():
-    rng = np.random.default_rng(0)
-    world = {"taste": np.exp(rng.normal(size=(5, 6))).astype(np.float32), "follow": np.exp(rng.normal(size=(6, 6))).astype(np.float32)}
-    histories = [np.array([4]), np.array([1, 5, 2]), np.array([0, 3, 4, 1])]
-    got = evaluate.toy_oracle(world, histories)
-    for row, history in zip(got, histories):
-        wanted = np.zeros(6)
-        joint = np.full(5, 1 / 5)  # p(type, history so far)
-        follow = lambda past, i: world["follow"][past[-1], i] if past else 1
-        conditional = lambda kind, past: np.array([0 if i in past else world["taste"][kind, i] * follow(past, i) for i in range(6)])
-        for step, item in enumerate(history):
-            for kind in range(5):
-                p = conditional(kind, list(history[:step]))
-                joint[kind] *= p[item] / p.sum()
-        for kind in range(5):
-            p = conditional(kind, list(history))
-            wanted += joint[kind] / joint.sum() * p / p.sum()
-        torch.testing.assert_close(row, torch.tensor(wanted, dtype=torch.float32), atol=1e-5, rtol=1e-4)
-
-
 def test_references_by_definition(toy):
     dataset = data.load_dataset(toy)
     users = dataset.eligible()[:9]
@@ -132,10 +104,76 @@ def test_references_by_definition(toy):
     cosine = (X.T @ X / norm / norm[:, None]).fill_diagonal_(0)
     torch.testing.assert_close(scores["popularity"][0], X.sum(0))
     torch.testing.assert_close(scores["item-knn"], H @ cosine, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(scores["mf"], dataset.raw_cf[0][users] @ dataset.raw_cf[1].T)
+    # MF knows the whole history up to the moment, the validation item included
+    Y, s = dataset.raw_cf.double(), dataset.solver.settings
+    for name, recency in (("mf", 1.0), ("mf, at the moment", 0.9)):
+        for row, user in zip(scores[name], users):
+            A, b = Y.T @ Y + s.reg * torch.eye(12), 0
+            for age, item in enumerate(dataset.items_of(user, "test")[::-1]):
+                A = A + s.alpha * recency**age * torch.outer(Y[item], Y[item])
+                b = b + (1 + s.alpha) * recency**age * Y[item]
+            torch.testing.assert_close(row, (Y @ torch.linalg.solve(A, b)).float(), atol=1e-4, rtol=1e-3)
+    weight = evaluate.popularity_weight(dataset)
+    wanted = scores["mf, at the moment"] + weight * scores["popularity"].log1p()
+    torch.testing.assert_close(scores["mf, at the moment + popularity"], wanted)
     torch.testing.assert_close(scores["oracle"].sum(1), torch.ones(9), atol=1e-4, rtol=1e-4)
     result = evaluate.references(dataset, dataset.eligible(), "test", keep_history=False)
     assert result["oracle"]["HR@10"] > max(result["popularity"]["HR@10"], result["item-knn"]["HR@10"])
+
+
+def at_recency(dataset, recency):
+    """The data set, with users folded in so."""
+    settings = replace(dataset.solver.settings, recency=recency)
+    return replace(dataset, solver=data.UserSolver(dataset.raw_cf, settings))
+
+
+def test_another_engines_users_have_no_row_at_the_moment(toy):
+    dataset = replace(data.load_dataset(toy), user_cf=torch.randn(150, 12))
+    scores = dict(evaluate.reference_scores(dataset, "test"))
+    assert [*scores] == ["popularity", "item-knn", "mf"] and evaluate.yardstick(dataset) == "mf"
+    torch.testing.assert_close(scores["mf"]([3, 9]), dataset.user_cf[[3, 9]] @ dataset.raw_cf.T)
+
+
+def test_where_tastes_stand_still_there_is_no_row_at_the_moment(toy):
+    dataset = at_recency(data.load_dataset(toy), 1.0)
+    names = [name for name, _ in evaluate.reference_scores(dataset, "test")]
+    assert "mf, at the moment" not in names and evaluate.yardstick(dataset) in names
+
+
+@pytest.mark.parametrize("weight, recency, wanted", [
+    (0.0, 0.9, "mf, at the moment"),
+    (0.03, 0.9, "mf, at the moment + popularity"),
+    (0.0, 1.0, "mf, at the moment + popularity"),
+])
+def test_retention_is_against_the_better_mf_at_the_moment(toy, monkeypatch, weight, recency, wanted):
+    monkeypatch.setattr(evaluate, "popularity_weight", lambda dataset: weight)
+    assert evaluate.yardstick(at_recency(data.load_dataset(toy), recency)) == wanted
+
+
+def test_the_weight_of_popularity_is_chosen_on_validation(toy):
+    """The best of the grid by NDCG@10 of validation users; test items have no say."""
+    dataset = data.load_dataset(toy)
+    found = {}
+    popularity = dict(evaluate.reference_scores(dataset, "valid"))["popularity"]
+    for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
+        def score(batch):
+            return dataset.users_at(batch, "valid") @ dataset.raw_cf.T + weight * popularity(batch).log1p()
+        ranks = evaluate.reference_ranks(dataset, "valid", False, dataset.eligible(), score)
+        found[weight] = ranks["NDCG@10"]
+    other = replace(dataset, sequence=dataset.sequence.copy())
+    other.sequence[other.indptr[1:] - 1] = np.roll(dataset.sequence[dataset.indptr[1:] - 1], 7)
+    assert evaluate.popularity_weight(dataset) == max(found, key=found.get) == evaluate.popularity_weight(other)
+
+
+def test_the_toy_world_orders_the_references(tmp_path):
+    """Order is half of the signal, and there is something left to know: popularity < MF of the
+    whole history < MF at the moment < the oracle."""
+    flags = "--cf-dim 24 --recency 0.8 --reg 1 --max-users 700".split()
+    data.prepare(data.parse_args([*flags, "--out", str(tmp_path / "toy")]))
+    dataset = data.load_dataset(tmp_path / "toy")
+    found = evaluate.references(dataset, dataset.eligible()[::2], "test", keep_history=False)
+    order = [found[name]["HR@10"] for name in ("popularity", "mf", "mf, at the moment", "oracle")]
+    assert order == sorted(order) and min(np.diff(order)) > 0.01, order
 
 
 def test_from_nothing_to_the_table(tmp_path, script):
@@ -145,10 +183,10 @@ def test_from_nothing_to_the_table(tmp_path, script):
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    run("data.py", "--max-users", "60")
+    run("data.py", "--max-users", "60", *CF)
     run("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
     run("train_stage2.py", "--steps", "3", "--batch-size", "2")
-    few = "import evaluate, functools; evaluate.train_sasrec = functools.partial(evaluate.train_sasrec, steps=20)"
+    few = "import evaluate, functools; evaluate.train_sasrec = functools.partial(evaluate.train_sasrec, epochs=1)"
     out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", before=few)
     for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",
                  "stage 1, held-out items", "log_ppl", "sasrec"):
@@ -156,6 +194,10 @@ def test_from_nothing_to_the_table(tmp_path, script):
     results = json.loads((tmp_path / "all.json").read_text())
     assert [r["kind"] for r in results] == ["stage2", "stage1"]
     assert results[0] == json.loads((tmp_path / "out/toy/ilm/metrics.json").read_text())
+    seen, yardstick = results[0]["rec"]["sequential"]["seen"], results[0]["yardstick"]
+    assert {*map(type, seen["ranks"])} == {int} and len(seen["ranks"]) == seen["users"] == 60 and min(seen["ranks"]) >= 1
+    assert yardstick.startswith("mf, at the moment") and f"(sequential HR@10 over that of {yardstick})" in out
+    assert results[0]["retention"] == pytest.approx(seen["HR@10"] / results[0]["references"][yardstick]["HR@10"])
     assert 0 < results[0]["text"]["sc"] < 1 and len(results[0]["curve"]) == 4
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     again = run("evaluate.py", "--table", "all.json", "--plot", "figures")
@@ -179,7 +221,7 @@ def test_runs_of_other_settings_are_no_seeds_of_each_other():
 def test_other_held_out_items_are_refused(script, work, tmp_path):
     """The same data prepared under another name holds out other items: those that a run was trained on would be called new."""
     other = tmp_path / "other"
-    assert script("data.py", "--max-users", 60, "--cf-dim", 8, "--out", other, cwd=work).returncode == 0
+    assert script("data.py", "--max-users", 60, *CF, "--out", other, cwd=work).returncode == 0
     done = script("evaluate.py", "--run", "train_stage2", "--data", other, *EVALUATE, cwd=work)
     assert done.returncode == 2 and "other items" in done.stderr
 

@@ -1,17 +1,19 @@
 """Every type of LLM through the same seam: tiny random checkpoints, saved to disk and loaded by path as --llm does."""
 import json
+import math
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, real
+from conftest import ROOT, embedded, real
+from test_ilm import base_of, named_children, purchases
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
 from ilm import ILM, SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
-from train_stage2 import collate, pack
+from train_stage2 import Examples
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 SEQUENTIAL = "History of {user}: {history}. Recommend the next one:"
@@ -104,7 +106,13 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture()
 def make(make_ilm, checkpoint):
-    return lambda method="ilm-rand", **config: make_ilm(method, llm=checkpoint, **config)
+    def make(method="ilm-rand", **config):
+        """With a prior of popularity, and a `base` as a calibration might leave it."""
+        model = make_ilm(method, llm=checkpoint, **config)
+        with torch.no_grad():
+            model.base.copy_(torch.randn(model.base.shape, generator=torch.Generator().manual_seed(0)))
+        return model
+    return make
 
 
 # ---- The LLM's own answer, without anything of ilm.py but embed() ------------------------------------------------------
@@ -117,25 +125,32 @@ def own_log_p(model, prompt, targets):
     ids = torch.tensor([prompt]).expand(len(targets), -1)
     if not seq2seq:
         ids = torch.cat([ids, targets[:, :-1]], 1)
-    inputs = {"inputs_embeds": model.embed(ids)} if max(prompt) >= SOFT_BASE else {"input_ids": ids}
+    inputs = {"input_ids": ids}
+    if max(prompt) >= SOFT_BASE:
+        inputs = {"inputs_embeds": embedded(model, prompt, targets.tolist() if not seq2seq else [[]] * len(targets))}
+        if not seq2seq:
+            inputs["inputs_embeds"] = inputs["inputs_embeds"][:, :-1]
     if seq2seq:
         start = torch.full_like(targets[:, :1], model.llm.config.decoder_start_token_id)
         return model.llm(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
     return model.llm(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
 
 
-def brute_force(model, prompt):
+@torch.no_grad()
+def brute_force(model, prompt, task):
     """The score of every name by definition, (I,): the sum of log p over its tokens and its end token. Twice: with p divided among the
-    tokens that any name has there, and among all."""
-    names, divided, whole, allowed = model.name_ids, *torch.zeros(2, len(model.name_ids)), {}
-    for name in names:
-        for k, token in enumerate(name):
-            allowed.setdefault(tuple(name[:k]), set()).add(token)
+    tokens that any name has there, by their prior and the LLM's p less `base`; and among all tokens."""
+    names, (divided, whole) = model.name_ids, torch.zeros(2, len(model.name_ids))
+    allowed, base = named_children(names, [1 + n for n in purchases(model)]), base_of(model, task)
     for length in {len(name) for name in names}:
         rows = [i for i, name in enumerate(names) if len(name) == length]
         for i, log_p in zip(rows, own_log_p(model, prompt, [names[i] for i in rows])):
             whole[i] = log_p[range(length), names[i]].sum()
-            divided[i] = whole[i] - sum(log_p[k, list(allowed[tuple(names[i][:k])])].logsumexp(0) for k in range(length))
+            for k, token in enumerate(names[i]):
+                prefix = tuple(names[i][:k])
+                if len(allowed[prefix]) > 1:
+                    loud = {t: math.log(sum(below)) + model.tau * (log_p[k, t] - base[*prefix, t]) for t, below in allowed[prefix].items()}
+                    divided[i] += loud[token] - torch.stack([*loud.values()]).logsumexp(0)
     return divided, whole
 
 
@@ -151,12 +166,13 @@ def scores_of(model, prompts=None):
 
 def train(model, steps, lr=0.02):
     """A few steps on one batch of four users, each with one item -> first and last loss."""
-    rows = [pack([(model.prompt_ids("What would {user} like?", user=u), *model.names_trie.paths[29 * u])]) for u in range(4)]
+    examples = Examples(model, model.dataset)
+    rows = [examples.pack([(model.prompt_ids("What would {user} like?", user=u), *model.names_trie.paths[29 * u])]) for u in range(4)]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     model.train()
     for _ in range(steps):
-        total, nll = model(collate(rows))
+        total, nll = model(examples.collate(rows))
         optimizer.zero_grad()
         (total / len(nll)).backward()
         optimizer.step()
@@ -170,7 +186,7 @@ def train(model, steps, lr=0.02):
 def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(make):
     model = make()
     before = {n: p.clone() for n, p in model.llm.state_dict().items()}
-    first, last = train(model, 30)
+    first, last = train(model, 90)
     assert last < 0.6 * first, (first, last)
     assert all(torch.equal(before[n], p) for n, p in model.llm.state_dict().items()) and all(p.grad is None for p in model.llm.parameters())
 
@@ -182,14 +198,14 @@ def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(m
     states = lambda embeddings: reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
     loudness = lambda state: state.pow(2).mean(-1).sqrt().median()
     words = loudness(states(model.embed(torch.tensor([sum(model.name_ids[:64], [])[:256]])))[1])
-    assert 0.75 < loudness(states(model.soft_tokens(torch.arange(120)).flatten(0, 1)[None])[0]) / words < 1.33
+    assert 0.75 < loudness(states(model.soft_tokens(model.with_history(model.cf)).flatten(0, 1)[None])[0]) / words < 1.33
 
 
 def test_the_trie_ranks_as_the_llm_does_by_brute_force(make):
     model = make()
     prompts = prompts_of(model)
-    for renormalize, wanted in zip((True, False), zip(*(brute_force(model, prompt) for prompt in prompts))):
-        scores = model.rank(prompts, model.trie(renormalize))
+    for renormalize, wanted in zip((True, False), zip(*(brute_force(model, prompt, 1) for prompt in prompts))):
+        scores = model.rank(prompts, model.trie(renormalize), task=1)
         assert scores.std() > 0.05  # there is something to get wrong
         close(scores, torch.stack(wanted))
 
@@ -223,14 +239,26 @@ def test_padding_batch_size_and_order_do_not_change_a_score(make):
     close(torch.cat([scores_of(model, [prompt]) for prompt in prompts]), together)
     texts = model.generate(prompts, 4)
     assert [model.generate([prompt], 4)[0] for prompt in prompts] == texts == model.generate(prompts[::-1], 4)[::-1]
-    # The loss pads on the right, and packs many names in a row, more than a sliding window holds
-    rows = [[(prompt, *path) for path in model.names_trie.paths] for prompt in prompts]
+
+
+def test_the_loss_of_a_name_is_minus_its_score(make):
+    """For both ranking tasks, in one batch. The loss pads on the right, and packs many names in a
+    row, more than a sliding window holds."""
+    model = make()
+    examples, some = Examples(model, model.dataset), range(0, 120, 3)
+    prompts, numbers = prompts_of(model), (0, 1, 0)
+    rows = []
+    for prompt, number in zip(prompts, numbers):
+        named = [(prompt, *model.names_trie.paths[i]) for i in some]
+        rows.append(examples.pack(named, data.RANKING_TASKS[number]))
     with torch.no_grad():
-        batch = collate([pack(row) for row in rows])
+        batch = examples.collate(rows)
         nll, (row, column) = model(batch)[1], (batch["label"] >= 0).nonzero(as_tuple=True)
-    packed = torch.zeros(3, 121).index_put((row, batch["branch"][row, column]), -nll, accumulate=True)[:, 1:]
     assert batch["ids"].shape[1] > 160
-    close(packed, together)
+    branch = batch["branch"][row, column] - 1
+    packed = torch.zeros(3, len(some)).index_put((row, branch), -nll, accumulate=True)
+    scores = torch.stack([model.rank(prompts, model.trie(), task=task) for task in (0, 1)])
+    close(packed, scores[numbers, [0, 1, 2]][:, some])
 
 
 def test_prompt_and_name_are_tokenised_as_one_text_would_be(make):

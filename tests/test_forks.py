@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 
 import data
 from assets.hub import Portable
+from assets.later import extend
 from ilm import ILM, load_ilm
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,7 +79,7 @@ def test_later_users_and_items_are_ranked_without_retraining(shop, run, script):
     assert ann == [*old_ann, 50] and "eve" not in new.dataset.users  # eve and p100 meet nothing known
     assert new.num_items == old.num_items + 1 == 51 and new.names[:50] == old.names and new.names[50] == "Harvest Blend"
     torch.testing.assert_close(new.cf[:50], old.cf[:50])
-    cosine = torch.nn.functional.normalize(new.dataset.raw_cf[1]) @ torch.nn.functional.normalize(new.dataset.raw_cf[1][50], dim=0)
+    cosine = torch.nn.functional.normalize(new.dataset.raw_cf) @ torch.nn.functional.normalize(new.dataset.raw_cf[50], dim=0)
     assert all(new.dataset.items[i]["attributes"]["kind"] == "tea" for i in cosine[:50].topk(10).indices)   # its neighbours are teas
     answer = run(folder, "ilm.py", "--run", "out/shop/ilm", "--new", "later", "Recommend something like [harvest] to {user:bob}")
     assert answer.count("\n") == 10
@@ -87,11 +88,65 @@ def test_later_users_and_items_are_ranked_without_retraining(shop, run, script):
     assert done.returncode == 2 and "nobody.txt, line 2: no user 'carl'" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_fold_in_of_a_known_user_gives_back_their_vector(toy):
+def later_folder(folder, log):
+    folder.mkdir()
+    write_csv(folder / "interactions.csv", [("user", "item", "timestamp"), *log])
+    return folder
+
+
+@pytest.mark.parametrize("a0", [0.0, 0.1])
+def test_a_new_item_is_folded_in_from_those_who_chose_it(toy, tmp_path, a0):
+    """The normal equations of ALS's other side, by hand: known users by all their training items."""
     dataset = data.load_dataset(toy)
-    for u in dataset.eligible()[:5]:
-        again = data.fold_in(dataset.raw_cf[1], dataset.items_of(u, "train"))
-        assert torch.nn.functional.cosine_similarity(again, dataset.raw_cf[0][u], dim=0) > 0.98
+    dataset.solver.settings = data.replace(dataset.solver.settings, a0=a0)
+    chosen_by = [3, 8, 40]
+    log = [(dataset.users[u], "new", 1) for u in chosen_by]
+    extended = extend(dataset, later_folder(tmp_path / "later", log))
+    X = dataset.all_of(range(150)).double()
+    A = dataset.user_gram.double()
+    b = torch.zeros(12, dtype=torch.double)
+    s = dataset.solver.settings
+    for u in chosen_by:
+        A = A + s.alpha * torch.outer(X[u], X[u])
+        b += (1 + s.alpha) * X[u]
+    ridge = s.reg * (3 + a0 * 150) if a0 else s.reg
+    wanted = torch.linalg.solve(A + ridge * torch.eye(12, dtype=torch.double), b)
+    torch.testing.assert_close(extended.raw_cf[120].double(), wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_known_items_and_users_keep_their_vectors_when_others_come(toy, tmp_path):
+    """A user whose history did not grow is who they were; one whose history grew has moved on."""
+    dataset = data.load_dataset(toy)
+    unseen = next(i for i in range(120) if i not in dataset.items_of(5))
+    log = [(dataset.users[5], dataset.items[unseen]["id"], 1), (dataset.users[3], "new", 1)]
+    extended = extend(dataset, later_folder(tmp_path / "later", log))
+    assert torch.equal(extended.raw_cf[:120], dataset.raw_cf)
+    assert torch.equal(extended.item_cf[:120], dataset.item_cf)
+    torch.testing.assert_close(extended.users_at([8]), dataset.users_at([8]), atol=1e-5, rtol=1e-4)
+    grown = extended.solver.of_histories([[*dataset.items_of(5), unseen]])
+    torch.testing.assert_close(extended.users_at([5]), grown, atol=1e-5, rtol=1e-4)
+    assert (extended.users_at([5]) - dataset.users_at([5])).abs().max() > 0.01
+
+
+def test_a_new_user_is_a_history_like_any_other(toy, tmp_path):
+    dataset = data.load_dataset(toy)
+    log = [("bob", dataset.items[i]["id"], t) for t, i in enumerate((7, 3, 9))]
+    extended = extend(dataset, later_folder(tmp_path / "later", log))
+    assert extended.users[150] == "bob"
+    wanted = dataset.solver.of_histories([[7, 3, 9]])
+    torch.testing.assert_close(extended.users_at([150]), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_known_users_of_another_engine_stand_beside_new_ones(toy, tmp_path):
+    """In one batch or alone: who has a vector of their own keeps it, who is new is folded in."""
+    dataset = data.load_dataset(toy)
+    dataset.user_cf = torch.randn(150, 12)
+    log = [("bob", dataset.items[i]["id"], t) for t, i in enumerate((7, 3, 9))]
+    extended = extend(dataset, later_folder(tmp_path / "later", log))
+    found = extended.users_at([4, 150])
+    assert torch.equal(found[0], dataset.user_cf[4])
+    torch.testing.assert_close(found[1], extended.solver.of_histories([[7, 3, 9]])[0])
+    assert extended.moments([4, 150], [1, 1]).shape == (2, 12)
 
 
 def test_your_own_vectors_take_the_place_of_als(shop, run):
@@ -101,7 +156,7 @@ def test_your_own_vectors_take_the_place_of_als(shop, run):
     np.savez(folder / "my_vectors.npz", user=rng.normal(size=(len(dataset.users), 7)), item=rng.normal(size=(50, 7)))
     run(folder, "data.py", "--dataset", "csv", "--source", "shop", "--out", "data/mine", "--cf", "my_vectors.npz")
     mine = data.load_dataset(folder / "data/mine")
-    torch.testing.assert_close(mine.raw_cf[1].double(), torch.from_numpy(np.load(folder / "my_vectors.npz")["item"]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mine.raw_cf.double(), torch.from_numpy(np.load(folder / "my_vectors.npz")["item"]), atol=1e-6, rtol=1e-6)
     run(folder, "train_stage1.py", "--data", "data/mine")
     assert "target tokens" in run(folder, "train_stage2.py", "--data", "data/mine")
 

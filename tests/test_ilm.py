@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, real
+from conftest import ROOT, as_read, embedded, real
 
 import data
 import ilm
@@ -18,8 +18,7 @@ def prompts_of(model, users=(0, 1, 2)):
 
 def log_p(model, prompt, target):
     """Sum of log p(target | prompt) and its terms, straight from the LLM: no packing, no padding, no cache."""
-    ids = torch.tensor([prompt + target])
-    logits = model.llm(inputs_embeds=model.embed(ids)).logits[0].float().log_softmax(-1)
+    logits = model.llm(inputs_embeds=embedded(model, prompt, [target])).logits[0].float().log_softmax(-1)
     return logits[len(prompt) - 1:-1].gather(1, torch.tensor(target)[:, None])[:, 0]
 
 
@@ -32,10 +31,18 @@ def test_soft_tokens_follow_the_names(make_ilm, method):
     ids = model.prompt_ids("{history} and {item} of {user}:", user=7, history=[3, 5], items=[4])
     slots = [i - SOFT_BASE for i in ids if i >= SOFT_BASE]
     K = model.Q if method != "text" else 0
-    assert slots == [e * model.Q + k for e in (3, 5, 4, model.num_items + 7) for k in range(K)]
+    assert slots == [e * model.Q + k for e in (3, 5, 4, model.num_items) for k in range(K)]  # beyond the items: the prompt's own vectors
     words = model.tokenizer.decode([i for i in ids if i < SOFT_BASE])
     user = "user " if K else f"user {model.dataset.users[7]}"
     assert words == f"{model.names[3]}, {model.names[5]} and {model.names[4]} of {user}:"
+
+
+def test_a_prompt_carries_its_users_at_their_moment(make_ilm):
+    model = make_ilm()
+    now, given = model.prompt_ids("For {user}:", user=7), torch.randn(model.cf.shape[1])
+    torch.testing.assert_close(now.cf, [as_read(model, [model.dataset.items_of(7)])[0]])
+    assert model.prompt_ids("For {user}:", user=7, cf=given).cf[0] is given
+    assert make_ilm("text").prompt_ids("For {user}:", user=7).cf == []
 
 
 def test_text_tasks_never_name_the_item(make_ilm):
@@ -81,24 +88,27 @@ def test_soft_tokens_start_as_loud_as_the_middle_layers(make_ilm, method):
     model = make_ilm(method)
     out = model.llm(torch.tensor([model.tokenizer(" and ".join(model.names))["input_ids"]]), output_hidden_states=True)
     words = out.hidden_states[1].pow(2).mean(-1).sqrt().median()
-    soft = model.soft_tokens(torch.arange(model.num_items)).pow(2).mean().sqrt()
+    soft = model.soft_tokens(model.with_history(model.cf)).pow(2).mean().sqrt()
     assert 0.8 < soft / words < 1.25
 
 
 def test_export_writes_all_soft_tokens_in_chunks(make_ilm, tmp_path):
     model = make_ilm()
     assert model.export(tmp_path / "soft.npy", chunk=7) > 0
-    written = torch.from_numpy(np.load(tmp_path / "soft.npy"))
-    torch.testing.assert_close(written, model.soft_tokens(torch.arange(len(model.cf))).detach(), atol=1e-5, rtol=1e-5)
+    written, dataset = torch.from_numpy(np.load(tmp_path / "soft.npy")), model.dataset
+    users = as_read(model, [dataset.items_of(u) for u in range(len(dataset.users))])  # as they are now
+    wanted = model.soft_tokens(torch.cat([model.with_history(model.cf), users])).detach()
+    torch.testing.assert_close(written, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_each_item_is_encoded_once(make_ilm):
     model, seen = make_ilm(), []
     encode = model.encoder.encode
     model.encoder.encode = lambda cf: seen.append(len(cf)) or encode(cf)
-    ids = model.prompt_ids("{history}", history=[4, 9, 4, 4])
-    model.embed(torch.tensor([ids, ids]))
-    assert seen == [2]
+    prompt = model.prompt_ids("{history} for {user}", user=3, history=[4, 9, 4, 4])
+    ids = torch.tensor([prompt, prompt])
+    model.embed(ids, model.soft_index(ids, prompt.cf))
+    assert seen == [3]
 
 
 def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
@@ -124,21 +134,24 @@ def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
 @pytest.mark.parametrize("method", ["ilm-rand", "text"])
 def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
     model = make_ilm(method)
-    window = model.dataset.items_of(0)[:9]
+    examples, window = Examples(model, model.dataset), model.dataset.items_of(0)[:9]
     sequential = [(model.prompt_ids(SEQUENTIAL, user=0, history=window[:k]), model.name_ids[window[k]]) for k in range(1, 9)]
     same_prompt = [(model.prompt_ids("What would {user} like?", user=1), model.name_ids[i]) for i in (3, 8, 50)]
     single = [(model.prompt_ids("Describe {item}.", items=[3], named=False), model.target_ids("A western."))]
-    rows = [sequential, same_prompt, single]
+    template = examples.templates["sequential", "seen"][0]  # the user at its end
+    shared = [(prompt, model.name_ids[i]) for prompt, i in zip(examples.prefixes(0, window, examples.training_users(0, np.arange(1, 9)), template), window[1:])]
+    rows = [sequential, shared, same_prompt, single]
     with torch.no_grad():
-        total, packed = model(collate([pack(row) for row in rows]))
+        total, packed = model(examples.collate([examples.pack(row) for row in rows]))
         one_by_one = torch.cat([-log_p(model, prompt, target) for row in rows for prompt, target in row])
     torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)
     assert total.item() == pytest.approx(packed.sum().item())
-    assert len(pack(sequential)["ids"]) < sum(len(p) + len(t) for p, t in sequential) / 2
+    assert len(examples.pack(shared)["ids"]) < sum(len(p) + len(t) for p, t in shared) / 2
 
 
 def test_packed_rows_by_hand():
-    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0])])
+    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0], [0, 4, -1])], task=1)
+    assert row["cf"] == [] and row["task"] == 1 and row["node"] == [-1] * 5 + [0, 4, -1]
     assert row["ids"] == [1, 2, 3, 9, 5, 9, 6, 7]
     assert row["position"] == [0, 1, 2, 2, 3, 3, 4, 5]
     assert row["branch"] == [0, 0, 0, 1, 1, 2, 2, 2]
@@ -148,22 +161,67 @@ def test_packed_rows_by_hand():
     assert mask[4] == [1, 1, 0, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 1, 0, 0, 1, 1, 1]
 
 
+def test_vectors_of_prompts_packed_and_collated_stay_with_their_prompts(make_ilm):
+    """Three rows, of which two have users: each soft token of a user is that user's, wherever it stands."""
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    prompts = [[model.prompt_ids("For {user} and {user:9}:", user=u) for u in (1, 2)],
+               [model.prompt_ids("About {item}:", items=[5])],
+               [model.prompt_ids("For {user}:", user=4)]]
+    batch = collate([examples.pack([(prompt, [7, 0]) for prompt in row]) for row in prompts], model.num_items, model.Q)
+    own = batch["ids"][batch["ids"] >= SOFT_BASE + model.num_items * model.Q] - SOFT_BASE
+    found = [batch["cf"][e // model.Q - model.num_items] for e in own.tolist()[::model.Q]]
+    wanted = as_read(model, [model.dataset.items_of(u) for u in (1, 9, 2, 9, 4)])
+    torch.testing.assert_close(torch.stack(found), wanted)
+
+
 # -- ranking and writing
 
 
-def brute_force(model, prompt, names, renormalize):
-    """Every name scored whole by definition: sum over its tokens and an end token of log p, over the trie's children or all tokens."""
-    children, scores = {}, torch.zeros(len(names))
-    for name in names:
+def purchases(model):
+    """How often each item was chosen in the training part, one by one."""
+    count = [0] * model.num_items
+    for u in range(len(model.dataset.users)):
+        for i in model.dataset.items_of(u, "train"):
+            count[i] += 1
+    return count
+
+
+def named_children(names, items_below):
+    """{prefix: {next token: items whose names go on so}}"""
+    children = {}
+    for i, name in enumerate(names):
         for k, token in enumerate(name):
-            children.setdefault(tuple(name[:k]), set()).add(token)
+            children.setdefault(tuple(name[:k]), {}).setdefault(token, []).append(items_below[i])
+    return children
+
+
+def base_of(model, task):
+    """{prefix and token: the number in `base`}, found by walking down the trie from its root."""
+    trie, out, queue = model.names_trie, {}, [((), 0)]
+    for prefix, node in queue:
+        for child in range(int(trie.first[node]), int(trie.first[node] + trie.count[node])):
+            out[*prefix, int(trie.token[child])] = model.base[task, child]
+            queue.append(((*prefix, int(trie.token[child])), child))
+    return out
+
+
+def brute_force(model, prompt, names, renormalize, task=0):
+    """Every name scored whole by definition: sum over its tokens and an end token of log p, over all tokens, or over the tokens that a
+    name has there, by log (1 + purchases of each item below, summed) + tau * (logit - base)."""
+    children, base, scores = named_children(names, purchases(model)), base_of(model, task), torch.zeros(len(names))
     for length in set(map(len, names)):  # names of one length are a batch without padding
         some = [i for i, name in enumerate(names) if len(name) == length]
-        logits = model.llm(inputs_embeds=model.embed(torch.tensor([prompt + names[i] for i in some]))).logits[:, len(prompt) - 1:-1].float()
+        logits = model.llm(inputs_embeds=embedded(model, prompt, [names[i] for i in some])).logits[:, len(prompt) - 1:-1].float()
         for i, row in zip(some, logits):
             for k, token in enumerate(names[i]):
-                allowed = sorted(children[tuple(names[i][:k])]) if renormalize else slice(None)
-                scores[i] += row[k][token] - row[k][allowed].logsumexp(0)
+                prefix = tuple(names[i][:k])
+                if not renormalize:
+                    scores[i] += row[k][token] - row[k].logsumexp(0)
+                elif len(children[prefix]) > 1:
+                    divided = {t: np.log(sum(1 + n for n in below)) + model.tau * (row[k][t] - base[*prefix, t])
+                               for t, below in children[prefix].items()}
+                    scores[i] += divided[token] - torch.stack([*divided.values()]).logsumexp(0)
     return scores
 
 
@@ -176,37 +234,50 @@ def tangled(make_ilm):
     model.names[7] = "Amber Jade"
     model.name_ids = [model.target_ids(name) for name in model.names]
     model.names_trie = ilm.Trie(model.name_ids)
+    model.set_prior("popularity", "learned")
+    with torch.no_grad():
+        model.base.normal_(0, 2)
+        model.tau.fill_(0.7)
     return model
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_exact_ranking_is_brute_force(tangled, renormalize):
+@pytest.mark.parametrize("renormalize, task", [(True, 0), (True, 1), (False, 0)])
+def test_exact_ranking_is_brute_force(tangled, renormalize, task):
     prompts = prompts_of(tangled, (0, 1))
-    scores = tangled.rank(prompts, tangled.trie(renormalize))
+    scores = tangled.rank(prompts, tangled.trie(renormalize), task=task)
     with torch.no_grad():
-        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize) for p in prompts])
+        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize, task) for p in prompts])
     torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
     if renormalize:
         torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
 
 
-def test_the_training_loss_of_a_name_is_its_ranking_score(tangled):
+@pytest.mark.parametrize("task", data.RANKING_TASKS)
+def test_the_training_loss_of_a_name_is_its_ranking_score(tangled, task):
     """p divided among the names of the catalogue, and no token after a name is decided."""
-    prompts, paths = prompts_of(tangled), tangled.names_trie.paths
+    prompts, paths, examples = prompts_of(tangled, (0, 1)), tangled.names_trie.paths, Examples(tangled, tangled.dataset)
     with torch.no_grad():
-        batch = collate([pack([(prompt, *paths[i]) for i in range(120)]) for prompt in prompts])
+        batch = examples.collate([examples.pack([(prompt, *paths[i]) for i in range(0, 120, 3)], task) for prompt in prompts])
         nll, row = tangled(batch)[1], (batch["label"] >= 0).nonzero()
-    scores = torch.zeros(3, 121).index_put((row[:, 0], batch["branch"][row[:, 0], row[:, 1]]), -nll, accumulate=True)[:, 1:]
-    torch.testing.assert_close(scores, tangled.rank(prompts, tangled.trie()), atol=1e-4, rtol=1e-4)
+    scores = torch.zeros(2, 41).index_put((row[:, 0], batch["branch"][row[:, 0], row[:, 1]]), -nll, accumulate=True)[:, 1:]
+    wanted = tangled.rank(prompts, tangled.trie(), task=data.RANKING_TASKS.index(task))
+    torch.testing.assert_close(scores, wanted[:, ::3], atol=1e-4, rtol=1e-4)
     assert len(paths[8][0]) == 3 and len(paths[7][0]) == 3 and paths[7][0][-1] == tangled.tokenizer.eos_token_id  # 7 is a prefix of others
 
 
 def test_shuffled_vectors_are_those_of_others(make_ilm):
     a, b = make_ilm(), make_ilm(shuffle_cf=True)
-    I = a.num_items
-    for part in (slice(0, I), slice(I, None)):
-        assert not torch.equal(a.cf[part], b.cf[part])
-        torch.testing.assert_close(a.cf[part].sort(0)[0], b.cf[part].sort(0)[0])
+    everyone = np.arange(len(a.dataset.users))
+    users = [Examples(model, model.dataset).users_at(everyone, "test") for model in (a, b)]
+    for own, dealt in ((a.cf, b.cf), users):
+        assert (own == dealt).all(1).float().mean() < 0.05  # chance may give one of them their own
+        torch.testing.assert_close(own.sort(0)[0], dealt.sort(0)[0])
+
+
+def test_shuffled_vectors_are_those_of_others_at_training_moments_too(make_ilm):
+    a, b = make_ilm(), make_ilm(shuffle_cf=True)
+    own, dealt = (Examples(model, model.dataset).training_users(4, np.arange(1, 9)) for model in (a, b))
+    assert own.shape == dealt.shape and not (own == dealt).all(1).any()
 
 
 def test_openp5s_prompt_and_index_files_load_as_they_are(make_ilm, tmp_path):
@@ -273,7 +344,7 @@ def test_generate_is_greedy(make_ilm):
         out = []
         while len(out) < 6 and (not out or out[-1] != model.tokenizer.eos_token_id):
             with torch.no_grad():
-                out.append(model.llm(inputs_embeds=model.embed(torch.tensor([prompt + out]))).logits[0, -1].argmax().item())
+                out.append(model.llm(inputs_embeds=embedded(model, prompt, [out])).logits[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
@@ -294,7 +365,8 @@ def test_a_gpt2_works_the_same(make_ilm, tmp_path, attention):
     prompt, = prompts_of(model, (0,))
     with torch.no_grad():
         wanted = brute_force(model, prompt, model.name_ids, True)
-        packed = model(collate([pack([(prompt, t) for t in model.name_ids[:4]])]))[1]
+        examples = Examples(model, model.dataset)
+        packed = model(examples.collate([examples.pack([(prompt, t) for t in model.name_ids[:4]])]))[1]
         one_by_one = torch.cat([-log_p(model, prompt, t) for t in model.name_ids[:4]])
     torch.testing.assert_close(model.rank([prompt], model.trie())[0], wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)

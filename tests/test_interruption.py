@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVALUATE, STAGES
+from conftest import CF, EVALUATE, STAGES
 from safetensors.torch import load_file
 
 import data
@@ -61,7 +61,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script, work, tmp_path, name, numb
 
 
 @pytest.mark.parametrize("name, argv, moment", [
-    ("data.py", ["--max-users", 60], "import data\ndata.text_tasks = {}"),
+    ("data.py", ["--max-users", 60, *CF], "import data\ndata.text_tasks = {}"),
     ("train_stage1.py", [], "import train_stage1 as t\nt.load_dataset = {}"),
     ("evaluate.py", ["--run", "train_stage2"], "import evaluate\nevaluate.load_ilm = {}")])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -84,7 +84,7 @@ def test_a_second_signal_does_not_wait(script, work, tmp_path):
 
 def test_data_killed_at_every_change_of_a_file(script, work, tmp_path):
     """The folder is the old one or the new one, as its next reader finds it."""
-    argv = ["--max-users", 60, "--cf-dim", 8, "--seed", 1, "--out"]
+    argv = ["--max-users", 60, *CF, "--seed", 1, "--out"]
     assert script("data.py", *argv, tmp_path / "new" / "toy", cwd=work).returncode == 0
     old, new, seen = tree(work / "data" / "toy"), tree(tmp_path / "new" / "toy"), set()
     for count in range(1, 60):
@@ -155,7 +155,7 @@ def kill_at_random(script, work, folder, kills, rng):
     hits, seconds = {}, {"data.py": 0.6, "train_stage1.py": 1.2, "train_stage2.py": 2.5}
     while sum(hits.values()) < kills:
         (folder := folder.with_name(f"{folder.name}x")).mkdir()
-        for name, argv in (("data.py", ["--max-users", 60, "--cf-dim", 8, "--out", folder / "toy"]), *STAGES.items()):
+        for name, argv in (("data.py", ["--max-users", 60, *CF, "--out", folder / "toy"]), *STAGES.items()):
             run = folder / name[:-3]
             command = [name, *argv, *([] if name == "data.py" else ["--out", run])]
             while True:
@@ -188,7 +188,7 @@ def test_killed_at_40_random_moments(script, work, tmp_path):
 
 
 @pytest.mark.parametrize("name, argv, limit", [
-    ("data.py", ["--max-users", 60, "--seed", 1], 50_000),
+    ("data.py", ["--max-users", 60, *CF, "--seed", 1], 50_000),
     ("train_stage1.py", [*STAGES["train_stage1.py"], "--seed", 1, "--out", "train_stage1"], 100_000),
     ("train_stage2.py", [*STAGES["train_stage2.py"], "--seed", 1, "--out", "train_stage2"], 10_000),
     ("evaluate.py", ["--run", "train_stage2", *EVALUATE, "--split", "valid"], 500)])
@@ -225,7 +225,7 @@ def test_a_place_that_cannot_be_written_is_one_line(script, work, tmp_path, name
     """Root may write everywhere, so the places are ones where nobody can: below a file, in place of a file, in /proc."""
     before = tree(work)
     (tmp_path / "file").write_text("mine")
-    argv = {"data.py": ["--max-users", 60], "evaluate.py": ["--run", "train_stage2", *EVALUATE], **STAGES}[name]
+    argv = {"data.py": ["--max-users", 60, *CF], "evaluate.py": ["--run", "train_stage2", *EVALUATE], **STAGES}[name]
     places = [tmp_path / "file" / "below", "/proc/nowhere/out", tmp_path / "file"]
     for place in places[:2] if name == "evaluate.py" else places:  # --json may well replace a file
         done = script(name, *argv, "--json" if name == "evaluate.py" else "--out", place, cwd=work)
@@ -239,7 +239,7 @@ def test_a_place_that_cannot_be_written_is_one_line(script, work, tmp_path, name
 
 
 def test_same_seed_same_bits_for_every_script(script, work, tmp_path):
-    assert script("data.py", "--max-users", 60, "--cf-dim", 8, "--out", tmp_path / "toy", cwd=work).returncode == 0
+    assert script("data.py", "--max-users", 60, *CF, "--out", tmp_path / "toy", cwd=work).returncode == 0
     assert tree(tmp_path / "toy") == tree(work / "data" / "toy")
     for name, argv in STAGES.items():
         assert script(name, *argv, "--out", tmp_path / name, cwd=work).returncode == 0
@@ -269,5 +269,5 @@ def test_batches_of_stage_1_are_a_function_of_seed_and_step(work):
     dataset, args = data.load_dataset(work / "data" / "toy"), train_stage1.parse_args(["--batch-size", "8"])
     draw = lambda seed, step: train_stage1.draw_batch(np.array(dataset.items_in("train")), train_stage1.Pairs(dataset), args, 1,
                                                       np.random.default_rng([seed, step]))
-    flat = lambda batch: [batch["text"].tolist(), *(x.tolist() for pair in (batch["ii"], batch["ui"]) for x in pair)]
+    flat = lambda batch: [batch["text"].tolist(), *(x.tolist() for parts in (batch["ii"], batch["ui"]) for x in parts)]
     assert flat(draw(0, 3)) == flat(draw(0, 3)) != flat(draw(0, 4)) and flat(draw(1, 3)) != flat(draw(0, 3))

@@ -113,7 +113,7 @@ DATASETS = {  # name: (files, further flags, words of the message)
         ({"interactions.csv": CSV, "items.jsonl": '{"id": "i1", "attributes": [1]}\n'}, [], ["items.jsonl, line 1", "attributes"]),
         ({"interactions.csv": CSV, "items.jsonl": '{"id": {}}\n' + "[" * 100000}, [], ["items.jsonl, line 2"]),
         (csv(cf_npz="text"), ["--cf", "cf.npz"], ["--cf", "cf.npz"]),
-        (csv(cf_npz=npz(user=np.ones((6, 2)))), ["--cf", "cf.npz"], ["cf.npz", "`user` and `item`"]),
+        (csv(cf_npz=npz(user=np.ones((6, 2)))), ["--cf", "cf.npz"], ["cf.npz", "`item`, and perhaps `user`"]),
         (csv(cf_npz=npz(user=np.ones((5, 2)), item=np.ones((6, 2)))), ["--cf", "cf.npz"], ["cf.npz", "(5, 2)", "(6, E)"]),
         (csv(cf_npz=npz(user=np.ones((6, 2)), item=np.ones((6, 3)))), ["--cf", "cf.npz"], ["cf.npz", "(6, 3)"]),
         (csv(cf_npz=npz(user=np.ones(6), item=np.ones(6))), ["--cf", "cf.npz"], ["cf.npz", "(6,)"]),
@@ -154,6 +154,8 @@ FLAGS = [  # script, flags, files, words
     *(("data.py", argv, {}, words) for argv, words in [
         (["--dataset", "netflix"], ["--dataset", "netflix", "movielens"]), (["--dataset", "csv"], ["needs --source"]),
         (["--cf-dim", 0], ["--cf-dim", "at least 1"]), (["--cf-dim", "many"], ["--cf-dim", "many"]), (["--min-count", -1], ["--min-count"]),
+        (["--recency", 0], ["--recency", "at least 0.01"]), (["--recency", 1.1], ["--recency", "at most 1"]), (["--recency", "nan"], ["--recency"]),
+        (["--reg", 0], ["--reg", "at least 1e-06"]), (["--reg", "inf"], ["--reg"]), (["--a0", -1], ["--a0", "at least 0"]),
         (["--min-count", 10**9], ["nothing is left", "lower it"]), (["--max-users", 0], ["--max-users", "at least 1"]),
         (["--seed", -1], ["--seed", "at least 0"]), (["--seed", 2**64], ["--seed", "at most"]), (["--wordl-seed", 1], ["--wordl-seed"]),
         (["--dataset", "csv", "--source", "nowhere"], ["nowhere", "interactions.csv"])]),
@@ -175,6 +177,7 @@ FLAGS = [  # script, flags, files, words
         (["--stage1", "f"], {"f": ""}, ["f: not a finished stage1 run"]), (["--stage1", "WORK/train_stage2"], {}, ["stage2 run"]),
         (["--method", "magic"], {}, ["--method", "ilm-rand"]), (["--mix", 0, 0, 0], {}, ["--mix"]), (["--mix", 1, 1], {}, ["--mix"]),
         (["--mix", "nan", 1, 1], {}, ["--mix"]), (["--mix", -1, 1, 1], {}, ["--mix"]), (["--valid-users", 0], {}, ["--valid-users"]),
+        (["--prior", "mine"], {}, ["--prior", "uniform"]), (["--temperature", 1], {}, ["--temperature", "fixed"]),
         (["--accumulate", 0], {}, ["--accumulate"]), (["--name-tokens", -1], {}, ["--name-tokens"]),
         (["--llm", "./nowhere"], {}, ["--llm ./nowhere", "no such folder"]), (["--llm", "."], {}, ["--llm ."]),
         (["--llm", "."], {"config.json": "{}"}, ["--llm ."]), (["--llm", "."], {"config.json": '{"model_type": "llama"}'}, ["--llm ."]),
@@ -294,7 +297,9 @@ BROKEN = [  # script, flags, file, what is done to it, words
         ("config.json", edit(lr=7), ["another lr"]), ("log.jsonl", text("no\n"), ["without --resume"])]),
     *(("train_stage1.py", ["--steps", 1], f"data/toy/{file}", change, words) for file, change, words in [
         ("cf.npz", half, ["cf.npz: differs", "prepare the folder again"]), ("users.txt", text(""), ["users.txt: differs"]),
-        ("meta.json", half, ["data/toy", "prepare the folder again"]), ("meta.json", text("{}"), ["data/toy", "sha256"]),
+        ("meta.json", half, ["data/toy", "prepare the folder again"]), ("meta.json", text("{}"), ["data/toy", "format 1, now 2"]),
+        ("meta.json", edit(sha256=None), ["data/toy", "sha256"]), ("meta.json", edit(format=3), ["data/toy", "prepare it again"]),
+        ("meta.json", edit(cf={"settings": {"d": 1}}), ["data/toy", "prepare the folder again"]), ("meta.json", edit(cf=None), ["data/toy"]),
         ("meta.json", edit(sha256={}, held_out={}), ["data/toy"])]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/model.safetensors", half, ["--llm llm"]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", half, ["--llm llm"]),
@@ -554,7 +559,7 @@ def test_what_a_user_types_under_fuzz(make_ilm):
     for _ in range(400):
         line = "".join(rng.choice(pieces, size=rng.integers(1, 9)))
         try:
-            assert chat.model.prompt_ids([chat.resolve(line)], named=False)
+            assert chat.model.prompt_ids([chat.resolve(line)], named=False, guests=chat.guests)
         except data.InputError as error:
             refused += bool(guard.printable(error))
     assert 100 < refused < 400
@@ -616,7 +621,7 @@ def planted(tmp_path_factory):
         rows = "".join(f"u{u:02},i{i:02},{t}\n" for u in range(40) for t, i in enumerate([*orders[u][:-1], ends[u]]))
         put(folder / name, {"interactions.csv": "user,item,timestamp\n" + rows,
                             "items.csv": "id,title,genre\n" + "".join(f"i{i:02},Film {i},g{i % 3}\n" for i in range(20))})
-        data.prepare(data.parse_args(["--dataset", "csv", "--source", str(folder / name), "--min-count", "1", "--cf-dim", "6",
+        data.prepare(data.parse_args(["--dataset", "csv", "--source", str(folder / name), "--min-count", "1",
                                       "--out", str(folder / name / "out" / "x")]))
     a, b = (data.load_dataset(folder / name / "out" / "x") for name in "ab")
     differ = sum(a.target(u, "test") != b.target(u, "test") for u in range(40))
@@ -625,11 +630,11 @@ def planted(tmp_path_factory):
 
 
 def test_test_items_influence_no_prepared_file(planted):
-    """CF vectors, held-out items, text tasks with their neighbours: the same bytes."""
+    """CF vectors and their settings, statistics of users, held-out items, text tasks with their neighbours: the same bytes."""
     a, b = planted
     same = {f: (a.path / f).read_bytes() == (b.path / f).read_bytes() for f in ("cf.npz", "items.jsonl", "tasks.jsonl", "users.txt")}
     assert all(same.values()), same
-    assert a.meta["held_out"] == b.meta["held_out"] and (a.path / "sequences.npz").read_bytes() != (b.path / "sequences.npz").read_bytes()
+    assert a.meta["held_out"] == b.meta["held_out"] and a.meta["cf"] == b.meta["cf"] and (a.path / "sequences.npz").read_bytes() != (b.path / "sequences.npz").read_bytes()
 
 
 def test_test_items_influence_no_pair_history_prompt_or_target(planted):

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, real
+from conftest import CF, ROOT, real
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def test_one_batch_is_overfitted(toy, texts):
     model = QFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=2, width=48, layers=2, heads=4, dropout=0.0))
     (ids, mask, same), history = texts.batch(torch.arange(8)), []
     optimizer = train_stage1.make_optimizer(model, 3e-3, 0.0)
-    for step in range(80):
+    for step in range(130):
         losses = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
         sum(losses.values()).backward()
         optimizer.step()
@@ -59,8 +59,18 @@ def test_pairs_are_training_items_of_one_user_within_five_steps(toy):
         near |= {(a, b) for k, a in enumerate(s) for b in s[k + 1:k + 6]}
     a, b = pairs.ii(500, rng)
     assert all((int(x), int(y)) in near for x, y in zip(a, b))
-    u, i = pairs.ui(100, rng)
-    assert len(set(u.tolist())) == 100 and all(int(y) in dataset.items_of(int(x), "train") for x, y in zip(u, i))
+    u, _, i = pairs.ui(100, rng)
+    assert len(set(u.tolist())) == 100 and all(int(y) in dataset.items_of(int(x), "train")[1:] for x, y in zip(u, i))
+
+
+def test_a_user_of_a_pair_is_who_they_were_before_the_item(toy):
+    dataset = data.load_dataset(toy)
+    users, vectors, items = train_stage1.Pairs(dataset).ui(40, np.random.default_rng(0))
+    for user, vector, item in zip(users.tolist(), vectors, items.tolist()):
+        past = dataset.items_of(user, "train").tolist()
+        past = past[:past.index(item)]
+        wanted = dataset.standard_users(dataset.solver.of_histories([past]))[0]
+        torch.testing.assert_close(vector, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_held_out_texts_influence_no_training_loss(toy, tmp_path, monkeypatch):
@@ -103,7 +113,7 @@ def test_init_bert_from_a_folder(run, toy, tmp_path):
 
 def test_real_data(run, tmp_path):
     out = tmp_path / "data"
-    data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out)]))
+    data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out), *CF]))
     assert run(out, tmp_path / "run", "--steps", 2, "--tokenizer", real("llm/TinyStories-656K")).returncode == 0
     assert load_file(tmp_path / "run" / "model.safetensors")["queries"].shape == (1, 2, 32)
 

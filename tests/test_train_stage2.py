@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import as_read
 
+import data
 import train_stage1
 import train_stage2
 from ilm import load_ilm
@@ -23,7 +25,7 @@ def test_every_position_of_a_window_is_a_target(make_ilm):
     examples = Examples(model, model.dataset)
     row = examples.sequential_row(4, "{history}. Next:", np.random.default_rng(0))
     decided = sum(label in {path[0][-1] for path in model.names_trie.paths} for label in row["label"])
-    assert decided == max(row["branch"]) == min(20, len(examples.sequences[4]) - 1)
+    assert decided == max(row["branch"]) == min(20, len(model.dataset.items_of(4, "train")) - 1)
     held_out = {model.dataset.target(4, "valid"), model.dataset.target(4, "test")}
     written = model.tokenizer.decode([i for i in row["ids"] + row["label"] if i >= 0])
     assert not any(model.names[i] in written for i in held_out)
@@ -52,21 +54,100 @@ def test_one_batch_is_overfitted(make_ilm):
     assert history[-1] < history[0] / 3
 
 
-def test_validation_loss_takes_the_history_out(make_ilm):
-    """-log [p(target) / (1 - p(history))], against the definition."""
+@pytest.mark.parametrize("task", data.RANKING_TASKS)
+def test_validation_loss_is_minus_log_p_of_the_next_item(make_ilm, task):
+    """Nats a user, who are asked at their moment, against the definition; the history is not divided out."""
+    model = make_ilm()
+    with torch.no_grad():
+        model.base.normal_()
+    examples = Examples(model, model.dataset)
+    losses = held_out_losses(model, examples.held_out("valid", 5, 2))
+    users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:5]]
+    wanted = []
+    for u in users:
+        history = model.dataset.items_of(u, "valid")
+        cf = as_read(model, [history])[0]
+        templates = examples.templates[task, "seen"]
+        template, read = templates[u % len(templates)], history[-20:] if task == "sequential" else ()
+        prompt = model.prompt_ids(template, user=u, history=[int(i) for i in read], cf=cf)
+        score = model.rank([prompt], model.trie(), task=data.RANKING_TASKS.index(task))[0]
+        wanted.append(-score[model.dataset.target(u, "valid")].item())
+    assert losses[task] == pytest.approx(np.mean(wanted), abs=1e-3)
+
+
+def test_text_loss_of_validation_is_a_mean_over_tokens(make_ilm):
+    model = make_ilm("mlp")
+    examples = Examples(model, model.dataset)
+    batches = examples.held_out("valid", 5, 2)
+    nll = torch.cat([model(dict(batch))[1].detach() for batch in batches["text"]])
+    assert held_out_losses(model, batches)["text"] == pytest.approx(nll.mean().item(), abs=1e-5)
+
+
+# ---- Prompts of all prefixes of a window -----------------------------------------------------
+
+OPENP5 = "Considering {user} has interacted with {history} . What is next for the user ?"
+
+
+@pytest.mark.parametrize("method", ["ilm-rand", "mlp", "text"])
+@pytest.mark.parametrize("template", [None, OPENP5])
+def test_prompts_cut_from_the_longest_are_those_of_each_prefix(make_ilm, method, template):
+    """Ids and vectors, and the tensors of the batch that is made of them; also where the user, who
+    is another at each place, stands before the history."""
+    model = make_ilm(method)
+    examples = Examples(model, model.dataset)
+    for template in [template] if template else examples.templates["sequential", "seen"]:
+        window = model.dataset.items_of(4, "train")[:9]
+        cf = examples.training_users(4, np.arange(1, len(window)))
+        cut = examples.prefixes(4, window, cf, template)
+        each = []
+        for k in range(1, len(window)):
+            history = [int(i) for i in window[:k]]
+            each.append(model.prompt_ids(template, user=4, history=history, cf=cf[k - 1]))
+        assert [*map(list, cut)] == [*map(list, each)]
+        assert all(torch.equal(a, b) for x, y in zip(cut, each) for a, b in zip(x.cf, y.cf))
+        batches = []
+        for prompts in (cut, each):
+            named = [(prompt, *examples.name(i)) for prompt, i in zip(prompts, window[1:])]
+            batches.append(examples.collate([examples.pack(named)]))
+        assert batches[0].keys() == batches[1].keys()
+        assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+
+
+def test_prompts_that_do_not_fit_the_context_are_those_of_each_prefix_too(make_ilm):
     model = make_ilm()
     examples = Examples(model, model.dataset)
-    losses = held_out_losses(model, examples.held_out("valid", 3, 2), torch.device("cpu"))
-    users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:3]]
-    for task in ("sequential", "straightforward"):
-        wanted = []
-        for k, u in enumerate(users):
-            history, target = model.dataset.items_of(u, "valid"), model.dataset.target(u, "valid")
-            prompt = examples.ranking(task, u, history, examples.templates[task, "seen"][k])
-            with torch.no_grad():
-                p = model.rank([prompt], model.trie())[0, torch.tensor([target, *history])].double().exp().tolist()
-            wanted.append(-np.log(p[0] / (1 - sum(p[1:]))))
-        assert losses[task] == pytest.approx(np.mean(wanted), abs=1e-3)
+    window = model.dataset.items_of(4, "train")[:9]
+    cf = examples.training_users(4, np.arange(1, len(window)))
+    template = examples.templates["sequential", "seen"][0]
+    model.context = len(examples.prefixes(4, window, cf, template)[-1]) - 4 + model.reserve
+    cut = examples.prefixes(4, window, cf, template)
+    for k, prompt in enumerate(cut, 1):
+        assert prompt == examples.ranking("sequential", 4, window[:k], template, cf[k - 1])
+    assert len(cut[-1]) < len(cut[-2]) + 5  # its oldest item went
+
+
+def test_a_row_asks_each_user_at_the_moment_of_its_target(make_ilm):
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    row = examples.sequential_row(4, "{history} for {user}", np.random.default_rng(0))
+    start = int(np.random.default_rng(0).integers(max(1, len(model.dataset.items_of(4, "train")) - 20)))
+    history = model.dataset.items_of(4, "train")
+    pasts = [history[:start + k] for k in range(1, len(row["cf"]) + 1)]
+    torch.testing.assert_close(torch.stack(row["cf"]), as_read(model, pasts), atol=1e-4, rtol=1e-4)
+
+
+def test_a_straightforward_row_asks_each_target_at_its_own_moment(make_ilm):
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    row = examples.straightforward_row(4, "for {user}", np.random.default_rng(0))
+    history = model.dataset.items_of(4, "train")
+    places = 1 + np.random.default_rng(0).permutation(len(history) - 1)[:20]
+    wanted = as_read(model, [history[:p] for p in places])
+    torch.testing.assert_close(torch.stack(row["cf"]), wanted, atol=1e-4, rtol=1e-4)
+    assert row["task"] == data.RANKING_TASKS.index("straightforward")
+
+
+# ---- Whole runs ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +162,9 @@ def test_ilm_starts_from_its_stage_1_run_and_refuses_another_shape(run, toy, sta
     assert done.returncode == 0, done.stderr
     model, (qformer, _, _) = load_ilm(tmp_path / "a", torch.device("cpu")), train_stage2.load_stage1(stage1, load_ilm(
         tmp_path / "a", torch.device("cpu")).dataset, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), qformer.parameters()))
+    mine, learned = dict(model.encoder.named_parameters()), dict(qformer.named_parameters())
+    assert {*learned} <= {*mine} and all(torch.equal(mine[name], learned[name]) for name in learned)
+    assert all("history" in name for name in {*mine} - {*learned})  # stage 1 reads no history
     done = run(toy, tmp_path / "b", "--stage1", stage1, "--steps", 1, "--num-queries", 7)
     assert done.returncode == 2 and "has 2; leave it out" in done.stderr and done.stderr.count("\n") == 1
     done = run(toy, tmp_path / "c", "--stage1", tmp_path / "none", "--steps", 1)
