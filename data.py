@@ -50,6 +50,7 @@ class Dataset:
     indptr: np.ndarray       # (U+1,)
     sequence: np.ndarray     # (nnz,)
     item_cf: torch.Tensor    # (I, E) standardised: what encoders read
+    purchases: torch.Tensor  # (I,) how often each was chosen in the training part
     raw_cf: torch.Tensor     # (I, E) as ALS left them: a dot product with a raw user is MF's score
     user_cf: torch.Tensor    # (U, E) raw, or None: users of another engine (--cf), which stand at every moment
     user_stats: torch.Tensor # (2, E) mean and standard deviation of raw users at training moments
@@ -155,7 +156,9 @@ def load_dataset(path):
         sizes = counts == (len(indptr) - 1, len(items), indptr[-1], len(users)) and (sequence < len(items)).all()
         if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
             raise ValueError("its files do not belong together, or have control characters")
-        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw), raw, user, stats, torch.from_numpy(arrays["user_gram"]), solver, tasks)
+        chosen = torch.from_numpy(sequence[training_part(indptr)].astype(np.int64))
+        purchases = torch.bincount(chosen, minlength=len(items)).float()
+        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw), purchases, raw, user, stats, torch.from_numpy(arrays["user_gram"]), solver, tasks)
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------

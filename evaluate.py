@@ -76,8 +76,7 @@ def reference_scores(dataset, split):
     I = len(dataset.items)
     users = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr))
     pairs = torch.as_tensor(np.stack([users, dataset.sequence])[:, training_part(dataset.indptr)])
-    popularity = torch.bincount(pairs[1], minlength=I).float()
-    yield "popularity", lambda batch: popularity.expand(len(batch), I).clone()
+    yield "popularity", lambda batch: dataset.purchases.expand(len(batch), I).clone()
 
     pairs = torch.unique(pairs, dim=1)  # a repeated purchase counts once
     count = torch.bincount(pairs[1], minlength=I).float()
@@ -102,7 +101,7 @@ def reference_scores(dataset, split):
     moment = lambda batch: dataset.users_at(batch, split) @ dataset.raw_cf.T
     if dataset.solver.recency < 1:
         yield AT_THE_MOMENT, moment
-    yield PLUS_POPULARITY, lambda batch: moment(batch) + popularity_weight(dataset) * torch.log1p(popularity)
+    yield PLUS_POPULARITY, lambda batch: moment(batch) + popularity_weight(dataset) * dataset.purchases.log1p()
     if dataset.meta["dataset"] == "toy":
         world = toy_world(dataset.meta["world_seed"])
         numbers = np.array([int(item["id"]) - 1 for item in dataset.items])  # the world's number of each item that the data set kept
@@ -114,10 +113,10 @@ def popularity_weight(dataset, weights=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     """How much of log(1 + purchases) helps MF at the moment: by NDCG@10 of at most 2,000 validation users."""
     users = dataset.eligible()
     users = np.sort(np.random.default_rng(0).permutation(users)[:2_000])
-    known = torch.as_tensor(dataset.sequence[training_part(dataset.indptr)].astype(np.int64))
-    popularity = torch.bincount(known, minlength=len(dataset.items)).float().log1p()
-    scores = lambda weight: lambda batch: dataset.users_at(batch, "valid") @ dataset.raw_cf.T + weight * popularity
-    found = [reference_ranks(dataset, "valid", False, users, scores(weight))["NDCG@10"] for weight in weights]
+    found = []
+    for weight in weights:
+        score = lambda batch: dataset.users_at(batch, "valid") @ dataset.raw_cf.T + weight * dataset.purchases.log1p()
+        found.append(reference_ranks(dataset, "valid", False, users, score)["NDCG@10"])
     return weights[int(np.argmax(found))]
 
 
@@ -166,7 +165,7 @@ def rank_users(model, examples, task, prompts, users, args, device):
         ids = examples.ranking_prompts(task, batch, args.split, prompts)
         targets, taken = (x.to(device) for x in targets_and_taken(dataset, batch, args.split, args.keep_history))
         with model.autocast():
-            ranks.append(target_ranks(model.rank(ids, trie, args.beams, taken, RANKING_TASKS.index(task)), targets).cpu())
+            ranks.append(target_ranks(model.rank(ids, trie, args.beams, taken), targets).cpu())
     return torch.cat(ranks)
 
 

@@ -166,7 +166,7 @@ class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
         config = replace(config, heads=config.heads or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0))
-        self.config, self.width, D = config, config.width, config.width
+        self.config, self.width, self.history, D = config, config.width, config.history, config.width
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)
         self.history_keys = HistoryKeys(config) if config.history else None
@@ -260,10 +260,11 @@ class QFormer(nn.Module):
 class MLPEncoder(nn.Module):
     """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, Q * hidden); no text ever shaped it. (N, E) -> (N, Q, hidden)."""
 
-    def __init__(self, cf_dim, num_queries, hidden):
+    def __init__(self, cf_dim, num_queries, hidden, history=0):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(cf_dim, 10 * cf_dim), nn.ReLU(), nn.Linear(10 * cf_dim, num_queries * hidden))
-        self.num_queries, self.width = num_queries, hidden
+        E = cf_dim * (1 + history)  # what it reads: a vector, and for users those of the last items behind it
+        self.net = nn.Sequential(nn.Linear(E, 10 * E), nn.ReLU(), nn.Linear(10 * E, num_queries * hidden))
+        self.num_queries, self.width, self.history = num_queries, hidden, history
 
     def encode(self, cf):
         return self.net(cf).view(len(cf), self.num_queries, -1)

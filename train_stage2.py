@@ -40,7 +40,7 @@ METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
 
-def pack(examples, num_items=0, Q=1, task=0):
+def pack(examples, num_items=0, Q=1):
     """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
 
         trunk     A B C              the longest history; a branch leaves it where its own prompt differs
@@ -50,7 +50,7 @@ def pack(examples, num_items=0, Q=1, task=0):
 
     Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy world). A branch repeats its prompt's
     last token, since that is the one that predicts the target. The loss is that of the examples one by one (tests/test_ilm.py).
-    num_items, Q: of the model; task: of RANKING_TASKS, the number of the one whose prior counts.
+    num_items, Q: of the model.
     Returns a dict of lists: cf (the vectors of users), ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
     (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
     cf, prompts, shared = [], [], []
@@ -62,7 +62,7 @@ def pack(examples, num_items=0, Q=1, task=0):
         common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
         shared.append(min(common, len(prompt) - 1))
     T = max(shared)
-    row = {"cf": cf, "task": task, "ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
+    row = {"cf": cf, "ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
     for number, ((_, target, *nodes), prompt, n) in enumerate(zip(examples, prompts, shared), 1):
         ids = prompt[n:] + target
         row["ids"] += ids[:-1]
@@ -76,7 +76,7 @@ def pack(examples, num_items=0, Q=1, task=0):
 
 def collate(rows, num_items=0, Q=1):
     """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels. "cf" is the list of
-    all rows' vectors, "task" (B,)."""
+    all rows' vectors."""
     longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
     arrays, cf, own = {key: np.full((len(rows), longest), pad) for key, pad in fill.items()}, [], SOFT_BASE + num_items * Q
     for r, row in enumerate(rows):
@@ -84,7 +84,7 @@ def collate(rows, num_items=0, Q=1):
             arrays[key][r, :len(row[key])] = row[key]
         arrays["ids"][r][arrays["ids"][r] >= own] += len(cf) * Q
         cf += row["cf"]
-    return {**{key: torch.from_numpy(x) for key, x in arrays.items()}, "task": torch.tensor([row["task"] for row in rows]), "cf": cf}
+    return {**{key: torch.from_numpy(x) for key, x in arrays.items()}, "cf": cf}
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
@@ -149,7 +149,7 @@ class Examples:
         start = int(rng.integers(max(1, len(s) - HISTORY)))
         window = s[start:start + HISTORY + 1]
         cf = self.training_users(user, np.arange(start + 1, start + len(window)))
-        return self.pack([(p, *self.name(i)) for p, i in zip(self.prefixes(user, window, cf, template), window[1:])], "sequential")
+        return self.pack([(p, *self.name(i)) for p, i in zip(self.prefixes(user, window, cf, template), window[1:])])
 
     def straightforward_row(self, user, template, rng):
         """Up to HISTORY of the user's training items, each asked for at its own moment."""
@@ -157,10 +157,10 @@ class Examples:
         places = 1 + rng.permutation(len(s) - 1)[:HISTORY]
         prompt = self.ranking("straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1]))
         prompts = [Prompt(prompt, [v] if prompt.cf else []) for v in self.training_users(user, places)]
-        return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)], "straightforward")
+        return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)])
 
-    def pack(self, examples, task="sequential"):
-        return pack(examples, self.model.num_items, self.model.Q, RANKING_TASKS.index(task))
+    def pack(self, examples):
+        return pack(examples, self.model.num_items, self.model.Q)
 
     def collate(self, rows):
         return self.model.index(collate(rows, self.model.num_items, self.model.Q))
@@ -186,7 +186,7 @@ class Examples:
         for task in RANKING_TASKS:
             prompts = self.ranking_prompts(task, users, split, "seen")
             targets = [self.name(self.dataset.target(u, split)) for u in users]
-            out[task] = [self.pack([(prompt, *target)], task) for prompt, target in zip(prompts, targets)]
+            out[task] = [self.pack([(prompt, *target)]) for prompt, target in zip(prompts, targets)]
         pool = self.tasks[split]
         out["text"] = [self.pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
         for rows in out.values():
@@ -285,8 +285,6 @@ def main():
         weights = model.encoder.state_dict()  # stage 1 has no history keys
         model.encoder.load_state_dict({name: qformer.state_dict().get(name, x) for name, x in weights.items()})
         model.match_scale()
-    if config["prior"] not in ("none", "counts") and not config["full_vocabulary"]:
-        model.calibrate()
     trainable = [p for p in model.parameters() if p.requires_grad]
     say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
     print_parameters(model)

@@ -63,5 +63,6 @@ def extend(dataset, folder):
         if user in user_number and item in item_number and item_number[item] not in sequences[user_number[user]]:
             sequences[user_number[user]].append(item_number[item])
     solver = UserSolver(raw, dataset.solver.settings, gram=dataset.solver.gram)
-    return replace(dataset, items=catalogue, users=[*user_number], item_cf=item_cf, raw_cf=raw, solver=solver,
+    purchases = torch.cat([dataset.purchases, torch.zeros(len(new_items))])  # what came later is no training part
+    return replace(dataset, items=catalogue, purchases=purchases, users=[*user_number], item_cf=item_cf, raw_cf=raw, solver=solver,
                    indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))

@@ -174,7 +174,7 @@ def other_items(path):
 
 def finish_item(key, item):
     """Fill in what follows from the rest: a year from "Title (1995)", flat attribute strings, a text made of all of them."""
-    clean = lambda value: printable(html.unescape(str(value)))  # shops write &amp; for &
+    clean = lambda value: printable(html.unescape(html.unescape(str(value))))  # shops write &amp; for &, some of them twice
     title = clean(item["title"] or "")
     attributes = {clean(k): clean(", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in item["attributes"].items()}
     year = re.search(r"\((\d{4})\)$", title)

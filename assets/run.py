@@ -53,11 +53,10 @@ def from_pretrained(auto_class, name, flag, **kwargs):
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
-def load_weights(parameters, path, skip=()):
-    """Copy a safetensors file into named parameters, strictly: same names, same shapes, but for those to skip."""
+def load_weights(parameters, path):
+    """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
     with reading(path, "train again"):
-        tensors = {name: tensor for name, tensor in load_file(path).items() if name not in skip}
-    parameters = {name: tensor for name, tensor in parameters.items() if name not in skip}
+        tensors = load_file(path)
     wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
     if wrong:
         raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")

@@ -395,16 +395,22 @@ def bench_share(args):
     for name, llm, users in (("toy LLM, width 160, 3 layers", toy, 16), ("Llama, width 256, 4 layers", random_llm(256, 4, 2_000), 8),
                              ("Llama, width 512, 8 layers", random_llm(512, 8, 2_000), 4),
                              ("Llama, width 1024, 8 layers", random_llm(1024, 8, 2_000), 2)):
-        model, saved = make_ilm(llm, "ilm-rand").train(), {}
+        model = make_ilm(llm, "ilm-rand").train()
         examples = train_stage2.Examples(model, model.dataset)
         batch = examples.collate([examples.pack(u) for u in windows(model, range(users))])
-        keep = lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss_and_gradient(model, [batch])
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        activations = sum(n for pointer, n in saved.items() if pointer not in weights) / 2**20
+        vectors = torch.cat([model.with_history(model.cf[batch["soft_item"]]), batch["soft_cf"]])
+        measured = []  # operations and bytes kept, of the whole step and of the item encoder alone: each target has its own user
+        for step in (lambda: loss_and_gradient(model, [batch]), lambda: model.soft_tokens(vectors).sum().backward()):
+            saved = {}
+            keep = lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+            with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                step()
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            measured.append((counter.get_total_flops(), sum(n for pointer, n in saved.items() if pointer not in weights) / 2**20))
+        (flop, activations), (encoder_flop, encoder_kept) = measured
         c, (B, L), targets, times, peaks = llm.config, batch["ids"].shape, int((batch["label"] >= 0).sum()), [], []
-        flop = counter.get_total_flops() + attention_flop(c, B, L)  # the counter does not know the CPU's attention kernel
+        flop += attention_flop(c, B, L) - encoder_flop  # the counter does not know the CPU's attention kernel; the formulas are the LLM's
+        activations -= encoder_kept
         for _ in range(args.rounds):
             peaks.append(matmul_peak())
             began = time.perf_counter()

@@ -162,6 +162,17 @@ def test_a_mixture_reaches_the_model_as_its_vector(chat, monkeypatch):
     torch.testing.assert_close(prompt.cf[entity - model.num_items], 0.5 * model.cf[2] + 0.5 * model.cf[7])
 
 
+def test_a_mixture_and_a_user_in_one_line_keep_their_vectors_apart(chat):
+    """One has a history behind it, the other has none."""
+    model, text = chat.model, chat.resolve("{item:003*0.5+item:008*0.5} for {user:5}")
+    prompt = model.prompt_ids(text, named=False, guests=chat.guests)
+    ids = torch.tensor([prompt])
+    found = model.embed(ids, model.soft_index(ids, prompt.cf))[0, torch.tensor(prompt) >= 1 << 24]
+    mixture = model.with_history((0.5 * model.cf[2] + 0.5 * model.cf[7])[None])
+    user = as_read(model, [model.dataset.items_of(chat.known["user"]["5"])])
+    torch.testing.assert_close(found, model.soft_tokens(torch.cat([mixture, user])).flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_somebody_new_is_what_they_liked(chat, monkeypatch, capsys):
     """In the order in which it is said, and wherever {user} stands in the prompt."""
     read = []

@@ -22,7 +22,9 @@ def log():
 
 
 def flags(**given):
-    return SimpleNamespace(**{"cf_dim": None, "recency": None, "reg": None, "a0": None, "seed": 0} | given)
+    return SimpleNamespace(
+        **{"cf_dim": None, "recency": None, "reg": None, "a0": None, "seed": 0} | given
+    )
 
 
 @pytest.fixture()

@@ -30,7 +30,9 @@ def noisy(make_ilm):
     def make(**config):
         model = make_ilm(**config)
         with torch.no_grad():
-            model.base.copy_(torch.randn(model.base.shape, generator=torch.Generator().manual_seed(0)))
+            model.base.copy_(
+                torch.randn(model.base.shape, generator=torch.Generator().manual_seed(0))
+            )
             model.tau.fill_(0.7)
         return model
 
