@@ -17,6 +17,7 @@ prepares both, and the collaborative-filtering (CF) vectors that the item-langua
 Equal times keep the order of the file (the sort is stable). The folder appears under its name only when it is whole.
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment* (section "Users at a moment")."""
+
 import hashlib
 import json
 import re
@@ -27,17 +28,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from assets.guard import CONTROL, InputError, Parser, a_seed, end_move, printable, reading, run_script, within, write_atomically
-from assets.readers import MOVIELENS_URL, find, load_cf, read_csv, read_items, read_movielens, read_openp5
+from assets.cf import CFSettings, UserSolver, als_solve, length_batches, train_cf
+from assets.guard import (
+    CONTROL,
+    InputError,
+    Parser,
+    a_seed,
+    end_move,
+    printable,
+    reading,
+    run_script,
+    within,
+    write_atomically,
+)
+from assets.readers import (
+    MOVIELENS_URL,
+    find,
+    load_cf,
+    read_csv,
+    read_items,
+    read_movielens,
+    read_openp5,
+)
 from assets.toy_world import toy_interactions, toy_world
 
 RANKING_TASKS = ("sequential", "straightforward")
-HISTORY = 20       # OpenP5: histories are cut to the last 20 items
-FORMAT = 2         # of a prepared folder; 1 had a table of users' vectors
+HISTORY = 20  # OpenP5: histories are cut to the last 20 items
+FORMAT = 2  # of a prepared folder; 1 had a table of users' vectors
 SOFT = "<|soft|>"  # stands for one soft token in prompt text; its id never reaches the LLM's embedding table
 
 
 # ---- The prepared folder, as the other scripts see it ----------------------------------------------------------------
+
 
 @dataclass(eq=False)
 class Dataset:
@@ -45,25 +67,29 @@ class Dataset:
 
     path: Path
     meta: dict
-    items: list              # I dicts, see items.jsonl
-    users: list              # U original ids
-    indptr: np.ndarray       # (U+1,)
-    sequence: np.ndarray     # (nnz,)
-    item_cf: torch.Tensor    # (I, E) standardised: what encoders read
+    items: list  # I dicts, see items.jsonl
+    users: list  # U original ids
+    indptr: np.ndarray  # (U+1,)
+    sequence: np.ndarray  # (nnz,)
+    item_cf: torch.Tensor  # (I, E) standardised: what encoders read
     purchases: torch.Tensor  # (I,) how often each was chosen in the training part
-    raw_cf: torch.Tensor     # (I, E) as ALS left them: a dot product with a raw user is MF's score
-    user_cf: torch.Tensor    # (U, E) raw, or None: users of another engine (--cf), which stand at every moment
-    user_stats: torch.Tensor # (2, E) mean and standard deviation of raw users at training moments
-    user_gram: torch.Tensor  # (E, E) X'X over all users by `all_of`: what a new item is folded in with
-    solver: "UserSolver"     # from histories to raw vectors
-    tasks: list              # dicts, see tasks.jsonl
+    raw_cf: torch.Tensor  # (I, E) as ALS left them: a dot product with a raw user is MF's score
+    user_cf: (
+        torch.Tensor
+    )  # (U, E) raw, or None: users of another engine (--cf), which stand at every moment
+    user_stats: torch.Tensor  # (2, E) mean and standard deviation of raw users at training moments
+    user_gram: (
+        torch.Tensor
+    )  # (E, E) X'X over all users by `all_of`: what a new item is folded in with
+    solver: "UserSolver"  # from histories to raw vectors
+    tasks: list  # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
         """Item indices of one user in time order, up to what is predicted: without the last two for
         train and valid, the last for test."""
         begin = self.indptr[user]
         end = self.indptr[user + 1] - {None: 0, "train": 2, "valid": 2, "test": 1}[split]
-        return self.sequence[begin:max(begin, end)]
+        return self.sequence[begin : max(begin, end)]
 
     def target(self, user, split):
         return int(self.sequence[self.indptr[user + 1] - {"valid": 2, "test": 1}[split]])
@@ -87,7 +113,9 @@ class Dataset:
         """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
         if self.user_cf is not None:
             return self.user_cf[users]
-        still = UserSolver(self.raw_cf, replace(self.solver.settings, recency=1.0), self.solver.gram)
+        still = UserSolver(
+            self.raw_cf, replace(self.solver.settings, recency=1.0), self.solver.gram
+        )
         return still.of_histories([self.items_of(u, "train") for u in users])
 
     def training_users(self, user, places):
@@ -136,32 +164,70 @@ def load_dataset(path):
     """Read a prepared folder and check it against the sums in its meta.json. Ends a preparation that a kill has cut short."""
     end_move(path := Path(path))
     if not (path / "meta.json").is_file():
-        raise InputError(f"{path}: not a prepared folder (no meta.json); data.py makes one: is the name right?")
-    lines = lambda name: (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
+        raise InputError(
+            f"{path}: not a prepared folder (no meta.json); data.py makes one: is the name right?"
+        )
+    lines = lambda name: (
+        (path / name).read_text(encoding="utf-8").split("\n")[:-1] if (path / name).exists() else []
+    )
     with reading(path, "not what data.py writes; prepare the folder again"):
         meta = json.loads((path / "meta.json").read_text())
         if meta.get("format") != FORMAT:
-            raise InputError(f"{path}: prepared by another version of data.py (format {meta.get('format', 1)}, now {FORMAT}); prepare it again")
+            raise InputError(
+                f"{path}: prepared by another version of data.py (format {meta.get('format', 1)}, now {FORMAT}); prepare it again"
+            )
         for name, sha in meta["sha256"].items():
-            if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha:
-                raise InputError(f"{path / name}: differs from what data.py wrote; prepare the folder again")
-        arrays = {**np.load(path / "sequences.npz", allow_pickle=False), **np.load(path / "cf.npz", allow_pickle=False)}
-        items, tasks = ([json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl"))
+            if (
+                not (path / name).is_file()
+                or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha
+            ):
+                raise InputError(
+                    f"{path / name}: differs from what data.py wrote; prepare the folder again"
+                )
+        arrays = {
+            **np.load(path / "sequences.npz", allow_pickle=False),
+            **np.load(path / "cf.npz", allow_pickle=False),
+        }
+        items, tasks = (
+            [json.loads(x) for x in lines(name)] for name in ("items.jsonl", "tasks.jsonl")
+        )
         users, indptr, sequence = lines("users.txt"), arrays["indptr"], arrays["items"]
         raw, stats = torch.from_numpy(arrays["item"]), torch.from_numpy(arrays["user_stats"])
         user = torch.from_numpy(arrays["user"]) if "user" in arrays else None
         solver = UserSolver(raw, CFSettings(**meta["cf"]["settings"]))
-        unsafe = any(CONTROL.search(text) for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))])
+        unsafe = any(
+            CONTROL.search(text)
+            for text in [*users, *(x[key] for x in items for key in ("id", "title", "text"))]
+        )
         counts = (len(users), len(raw), len(sequence), len(users if user is None else user))
-        sizes = counts == (len(indptr) - 1, len(items), indptr[-1], len(users)) and (sequence < len(items)).all()
+        sizes = (
+            counts == (len(indptr) - 1, len(items), indptr[-1], len(users))
+            and (sequence < len(items)).all()
+        )
         if unsafe or not sizes or {*meta["held_out"]} != {"valid", "test"}:
             raise ValueError("its files do not belong together, or have control characters")
         chosen = torch.from_numpy(sequence[training_part(indptr)].astype(np.int64))
         purchases = torch.bincount(chosen, minlength=len(items)).float()
-        return Dataset(path, meta, items, users, indptr, sequence, standardise(raw), purchases, raw, user, stats, torch.from_numpy(arrays["user_gram"]), solver, tasks)
+        return Dataset(
+            path,
+            meta,
+            items,
+            users,
+            indptr,
+            sequence,
+            standardise(raw),
+            purchases,
+            raw,
+            user,
+            stats,
+            torch.from_numpy(arrays["user_gram"]),
+            solver,
+            tasks,
+        )
 
 
 # ---- Sorting out -----------------------------------------------------------------------------------------------------
+
 
 def unique_titles(items):
     """A recommender has to name items: equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many."""
@@ -178,7 +244,9 @@ def unique_titles(items):
 
 def k_core(users, items, min_count):
     """Drop users and items with fewer than `min_count` interactions until none is left. Returns a mask of kept rows."""
-    frequent = lambda codes, keep: np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
+    frequent = lambda codes, keep: (
+        np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
+    )
     keep = np.ones(len(users), dtype=bool)
     while (fewer := keep & frequent(users, keep) & frequent(items, keep)).sum() < keep.sum():
         keep = fewer
@@ -191,171 +259,6 @@ def training_part(indptr):
     lengths = np.diff(indptr)
     users = np.repeat(np.arange(len(lengths)), lengths)
     return (indptr[users + 1] - np.arange(len(users)) > 2) | (lengths[users] < 3)
-
-
-# ---- Collaborative filtering: implicit weighted ALS (Hu, Koren, Volinsky 2008) ---------------------------------------
-
-def length_batches(rows, columns, num_rows, pad, budget=1 << 15, max_rows=512):
-    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))]: rows of like length,
-    each in its own order, filled up with `pad`, at most `budget` entries together (a single longer row
-    apart), so that als_solve works in the processor's cache. Rows without interactions are left out."""
-    lengths = torch.bincount(rows, minlength=num_rows)
-    order = torch.argsort(lengths)  # row numbers, the shortest first
-    columns = F.pad(columns[rows.argsort(stable=True)], (0, 1), value=pad).int()  # by row, then the padding
-    begin = lengths.cumsum(0) - lengths  # where each row's columns begin
-    start, batches = int((lengths == 0).sum()), []
-    while start < num_rows:
-        longest = lengths[order[start:start + max_rows]]  # of the first 1, 2, 3 ... rows that are left
-        fits = int((longest * torch.arange(1, len(longest) + 1) <= budget).sum())
-        some = order[start:start + max(1, fits)]
-        offset = torch.arange(int(lengths[some[-1]]))
-        place = torch.where(offset < lengths[some, None], begin[some, None] + offset, len(columns) - 1)
-        batches.append((some, columns[place]))
-        start += len(some)
-    return batches
-
-
-@dataclass(frozen=True)
-class CFSettings:
-    """What vectors are solved with. They are chosen by choose_cf, or fixed by flags."""
-
-    dim: int = 24
-    alpha: float = 2.0  # extra weight of an observed pair
-    reg: float = 1.0
-    a0: float = 0.0  # 0: reg is flat; else a row has reg * (its weight + a0 * N), N rows on the other side
-    recency: float = 1.0  # d: an item that lies j steps back weighs d ** j; 1: order does not matter
-
-    def ridge(self, weight, N):
-        """What stands on the diagonal for rows whose interactions weigh `weight` (R,) in all. The scaled
-        form is iALS's of Rendle et al. 2021."""
-        if not self.a0:
-            return torch.full_like(weight, self.reg)
-        return self.reg * (weight + self.a0 * N)
-
-
-def solve_rows(gram, S, b, weight, settings, N):
-    """Vectors (R, E) from their sums over weighted interactions: S (R, E, E) of w y y', b (R, E) of
-    w y, weight (R,) of w. A row without interactions gets zeros.
-
-        (Y'Y + alpha * S + ridge * 1) x = (1 + alpha) * b"""
-    A = torch.add(gram, S, alpha=settings.alpha)
-    A.diagonal(dim1=1, dim2=2).add_(settings.ridge(weight, N)[:, None])
-    return torch.cholesky_solve((1 + settings.alpha) * b[..., None], torch.linalg.cholesky(A))[..., 0]
-
-
-def solve_short_rows(Z, eigenvalues, w, settings, N):
-    """The same for rows of L < E interactions, by an L x L system. Z (R, L, E): their y in the basis in
-    which Y'Y is diagonal, w (R, L): their weights. By the push-through identity, with G = Y'Y + ridge
-    and V = sqrt(w) y:   x = (1 + alpha) * G^-1 V' (1 + alpha V G^-1 V')^-1 sqrt(w)"""
-    root = w.sqrt()
-    V = Z * root[..., None]
-    G = eigenvalues + settings.ridge(w.sum(1), N)[:, None]  # (R, E)
-    V_over_G = V / G[:, None]
-    K = torch.bmm(V, V_over_G.transpose(1, 2)).mul_(settings.alpha)  # (R, L, L)
-    K.diagonal(dim1=1, dim2=2).add_(1)
-    inner = torch.cholesky_solve(root[..., None], torch.linalg.cholesky(K))
-    return (1 + settings.alpha) * (V_over_G * inner).sum(1)
-
-
-def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
-    """Least-squares vectors of one side given the other's, fixed (N, E) -> (num_rows, E). batches:
-    length_batches; column N is the padding, a vector of zeros. recency: columns are in time order, and
-    one that lies j steps before its row's last weighs recency ** j. gram (E, E): Y'Y, if it is known."""
-    N, E = fixed.shape
-    gram, out = fixed.T @ fixed if gram is None else gram, torch.zeros(num_rows, E)
-    eigenvalues, basis = torch.linalg.eigh(gram)
-    padded = F.pad(fixed, (0, 0, 0, 1))
-    rotated = padded @ basis
-    for rows, columns in batches:
-        L = columns.shape[1]
-        real = columns < N  # (R, L)
-        w = real.float()
-        if recency < 1:
-            age = real.sum(1, keepdim=True) - 1 - torch.arange(L)
-            w = recency ** age.clamp(min=0) * real
-        if 2 * L < E:
-            Z = F.embedding(columns, rotated)  # (R, L, E)
-            out[rows] = solve_short_rows(Z, eigenvalues.clamp(min=0), w, settings, N) @ basis.T
-        else:
-            Y = F.embedding(columns, padded)
-            weighted = Y * w[..., None] if recency < 1 else Y
-            S = torch.bmm(weighted.transpose(1, 2), Y)
-            out[rows] = solve_rows(gram, S, weighted.sum(1), w.sum(1), settings, N)
-    return out
-
-
-def train_cf(users, items, num_users, num_items, settings, iterations=15, seed=0):
-    """Item vectors (I, E) by implicit ALS. users, items (nnz,): the training interactions alone. Order
-    plays no part here; the users' side is thrown away."""
-    users, items = torch.as_tensor(users), torch.as_tensor(items)
-    by_user = length_batches(users, items, num_users, num_items)
-    by_item = length_batches(items, users, num_items, num_users)
-    generator = torch.Generator().manual_seed(seed)
-    item_cf = torch.randn(num_items, settings.dim, generator=generator) * settings.dim**-0.5
-    item_cf[torch.bincount(items, minlength=num_items) == 0] = 0  # never seen in training: lends nothing
-    for _ in range(iterations):
-        user_cf = als_solve(item_cf, by_user, num_users, settings)
-        item_cf = als_solve(user_cf, by_item, num_items, settings)
-    return item_cf
-
-
-# ---- Users at a moment -----------------------------------------------------------------------------------------------
-
-class UserSolver:
-    """From a history to a user's vector: one row of ALS, with the item vectors (I, E) fixed.
-
-    The same for training, validation, test, conversation and new users. A user is asked at a moment, and
-    their vector knows what came before it, the last item more than those that lie back:
-
-        w_j = recency ** (steps that j lies back)
-        (Y'Y + alpha * sum w_j y_j y_j' + ridge * 1) x = (1 + alpha) * sum w_j y_j"""
-
-    def __init__(self, item_cf, settings, gram=None):
-        self.item_cf, self.settings, self.recency = item_cf, settings, settings.recency
-        self.gram = item_cf.T @ item_cf if gram is None else gram
-
-    def of_histories(self, histories):
-        """Item indices in time order, a list of B arrays -> (B, E); an empty one gives zeros."""
-        lengths = torch.tensor([len(h) for h in histories], dtype=torch.long)
-        rows = torch.repeat_interleave(lengths)
-        columns = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64))
-        batches = length_batches(rows, columns, len(histories), len(self.item_cf))
-        return als_solve(self.item_cf, batches, len(histories), self.settings, self.recency, self.gram)
-
-    def before(self, history, places):
-        """One user's history (H,) -> their vectors (n, E) before each place (n,) of it. The n prefixes
-        share their sums: from one place to the next, S <- d ** steps * S + sum of w y y'."""
-        Y = self.item_cf.numpy()[np.asarray(history, dtype=np.int64)]
-        n, E, now = len(places), Y.shape[1], 0
-        S, b, weight = np.zeros((E, E), np.float32), np.zeros(E, np.float32), 0.0
-        sums = np.empty((n, E, E), np.float32), np.empty((n, E), np.float32), np.empty(n, np.float32)
-        decay = (self.recency ** np.arange(len(Y) + 1)).astype(np.float32)  # of 0, 1, 2 ... steps
-        for k in np.argsort(places, kind="stable"):
-            steps = int(places[k]) - now
-            if steps:
-                weighted = Y[now:now + steps] * decay[:steps][::-1, None]
-                S = decay[steps] * S + weighted.T @ Y[now:now + steps]
-                b = decay[steps] * b + weighted.sum(0)
-                weight = decay[steps] * weight + decay[:steps].sum()
-                now += steps
-            for array, value in zip(sums, (S, b, weight)):
-                array[k] = value
-        return solve_rows(self.gram, *map(torch.from_numpy, sums), self.settings, len(self.item_cf))
-
-    def without(self, history, places):
-        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,)."""
-        Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
-        own = Y[torch.as_tensor(np.asarray(places, dtype=np.int64))]
-        S = Y.T @ Y - own[:, :, None] * own[:, None, :]
-        weight = torch.full((len(own),), len(Y) - 1.0)
-        return solve_rows(self.gram, S, Y.sum(0) - own, weight, self.settings, len(self.item_cf))
-
-
-def last_items(history, places, count):
-    """The `count` items before each place (n,) of a history (H,), latest first (n, count); -1 where there is none."""
-    at = np.asarray(places)[:, None] - 1 - np.arange(count)
-    padded = np.append(np.asarray(history, dtype=np.int64), -1)
-    return padded[np.maximum(at, -1)]
 
 
 def training_moments(indptr, count, seed=0):
@@ -371,29 +274,41 @@ def training_moments(indptr, count, seed=0):
 
 # ---- Names, prompts, text tasks, held-out items ----------------------------------------------------------------------
 
+
 def item_names(dataset, tokenizer, style="title", max_tokens=0):
     """The string by which each item is named: its title, a random number from 1001 (OpenP5's random indexing), or what one of OpenP5's
     index files says (lines `id name`).
 
     max_tokens cuts long titles; names that the cut makes equal get a running number within the same length."""
     if style == "random":
-        order = torch.randperm(dataset.meta["items"], generator=torch.Generator().manual_seed(0)).tolist()
-        return [f"item_{1001 + k}" for k in [*order, *range(len(order), len(dataset.items))]]  # later items (extend) come last
+        order = torch.randperm(
+            dataset.meta["items"], generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        return [
+            f"item_{1001 + k}" for k in [*order, *range(len(order), len(dataset.items))]
+        ]  # later items (extend) come last
     if style != "title":
         with reading(f"--item-names {style}", "give title, random or a file with lines `id name`"):
             lines = Path(style).read_text(encoding="utf-8-sig").splitlines()
             index = dict(line.split(maxsplit=1) for line in lines if len(line.split()) > 1)
         missing = [item["id"] for item in dataset.items if item["id"] not in index]
         if missing:
-            raise InputError(f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`")
-        return [("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip() for item in dataset.items]
+            raise InputError(
+                f"--item-names {style}: no line for {len(missing)} items, the first is {missing[0]}; add `{missing[0]} NAME`"
+            )
+        return [
+            ("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip()
+            for item in dataset.items
+        ]
     names, length = {}, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    special = re.compile("|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens])))  # an end token in a title would end its name
+    special = re.compile(
+        "|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens]))
+    )  # an end token in a title would end its name
     for item in dataset.items:
         title, count, suffix = special.sub("", item["title"]), 1, ""
         ids, name = tokenizer(" " + title, add_special_tokens=False)["input_ids"], title
         while not name or name in names or max_tokens and name == title and len(ids) > max_tokens:
-            name = tokenizer.decode(ids[:max(1, max_tokens - length(suffix))]).strip() + suffix
+            name = tokenizer.decode(ids[: max(1, max_tokens - length(suffix))]).strip() + suffix
             count, suffix = count + 1, f" {count + 1}"
         names[name] = True
     return list(names)
@@ -406,15 +321,27 @@ def load_prompts(path=None):
         text = Path(path).read_text(encoding="utf-8-sig")
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
-            fields = [f.strip() for f in re.sub(r"(user_)?{user_id}", "{user}", printable(line)).split(";")]
+            fields = [
+                f.strip()
+                for f in re.sub(r"(user_)?{user_id}", "{user}", printable(line)).split(";")
+            ]
             ranking = fields[0] in RANKING_TASKS
-            if len(fields) != 4 or fields[1] not in ("seen", "unseen")[:1 + ranking] or ranking and "{target}" not in fields[3]:
-                raise InputError(f"{path}, line {number}: not `task; seen or unseen; prompt; target`; {{target}} to rank, seen to write")
+            if (
+                len(fields) != 4
+                or fields[1] not in ("seen", "unseen")[: 1 + ranking]
+                or ranking
+                and "{target}" not in fields[3]
+            ):
+                raise InputError(
+                    f"{path}, line {number}: not `task; seen or unseen; prompt; target`; {{target}} to rank, seen to write"
+                )
             if ranking:  # what OpenP5's targets have before the name belongs to the prompt
                 fields[2] = f"{fields[2]} {fields[3].partition('{target}')[0]}".strip()
             allowed = ("user", "history", "dataset") if ranking else ("item", "neighbour")
             if strange := set(re.findall(r"{(\w+)}", fields[2])) - {*allowed}:
-                raise InputError(f"{path}, line {number}: a prompt of {fields[0]} cannot have {{{min(strange)}}}, only {' '.join(allowed)}")
+                raise InputError(
+                    f"{path}, line {number}: a prompt of {fields[0]} cannot have {{{min(strange)}}}, only {' '.join(allowed)}"
+                )
             templates.append(tuple(fields))
     return templates
 
@@ -425,9 +352,13 @@ def ranking_templates(path, name):
     found = {}
     for task in RANKING_TASKS:
         for prompts in ("seen", "unseen"):
-            found[task, prompts] = [t[2].replace("{dataset}", name) for t in lines if t[:2] == (task, prompts)]
+            found[task, prompts] = [
+                t[2].replace("{dataset}", name) for t in lines if t[:2] == (task, prompts)
+            ]
             if not found[task, prompts]:
-                raise InputError(f"--prompts {path}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}")
+                raise InputError(
+                    f"--prompts {path}: needs a seen and an unseen line for {' and '.join(RANKING_TASKS)}"
+                )
     return found
 
 
@@ -437,7 +368,11 @@ def item_split(name, item_id):
     return "valid" if bucket == 0 else "test" if bucket < 3 else "train"
 
 
-FACT_NAMES = {"kind": ("genre", "genres", "categories"), "when": ("era", "decade"), "who": ("director", "brand")}  # by what a source has
+FACT_NAMES = {
+    "kind": ("genre", "genres", "categories"),
+    "when": ("era", "decade"),
+    "who": ("director", "brand"),
+}  # by what a source has
 
 
 def facts_of(item, other=None):
@@ -458,7 +393,10 @@ def text_tasks(items, splits, templates, item_cf, seed, limit=5000):
     """Fill each text template for every item (of `limit` a split) that has what its target names. A second {item} is any other of
     the same split, {neighbour} the one whose CF vector has the highest cosine. A prompt never holds a title, only soft tokens."""
     rng, tasks, unit = np.random.default_rng([seed, 24]), [], F.normalize(item_cf).numpy()
-    pools = {s: np.array([i for i, x in enumerate(splits) if x == s and items[i]["text"]], dtype=int) for s in ("train", "valid", "test")}
+    pools = {
+        s: np.array([i for i, x in enumerate(splits) if x == s and items[i]["text"]], dtype=int)
+        for s in ("train", "valid", "test")
+    }
     pools = {s: np.sort(rng.permutation(pool)[:limit]) for s, pool in pools.items()}
     for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
         filled = prompt.replace("{neighbour}", "{item}")
@@ -470,9 +408,19 @@ def text_tasks(items, splits, templates, item_cf, seed, limit=5000):
                 elif filled.count("{item}") == 2:
                     chosen += rng.permutation(others)[:1].tolist()
                 facts = facts_of(*(items[k] for k in chosen))
-                if len(chosen) == filled.count("{item}") and all(facts.get(x) for x in re.findall(r"\{(\w+)\}", target)):
-                    tasks.append({"task": task, "split": split, "prompt": filled,
-                                  "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target), "items": chosen, "users": []})
+                if len(chosen) == filled.count("{item}") and all(
+                    facts.get(x) for x in re.findall(r"\{(\w+)\}", target)
+                ):
+                    tasks.append(
+                        {
+                            "task": task,
+                            "split": split,
+                            "prompt": filled,
+                            "target": re.sub(r"\{(\w+)\}", lambda m: facts[m[1]], target),
+                            "items": chosen,
+                            "users": [],
+                        }
+                    )
     return tasks
 
 
@@ -480,14 +428,26 @@ def read_source(args):
     """The raw files -> users, items, times (equal length, file order) and the item table {id: item}."""
     if args.dataset == "toy":
         world = toy_world(args.world_seed)
-        return *toy_interactions(world, args.max_users or 1000, args.seed), {item["id"]: item for item in world["items"]}
-    log = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](args.source)
-    names = ["u.item", "movies.dat", "movies.csv"] if args.dataset == "movielens" else ["items.tsv", "items.csv", "items.jsonl"]
-    table = read_items(path := Path(args.items) if args.items else find(args.source, names, args.dataset))
+        return *toy_interactions(world, args.max_users or 1000, args.seed), {
+            item["id"]: item for item in world["items"]
+        }
+    log = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](
+        args.source
+    )
+    names = (
+        ["u.item", "movies.dat", "movies.csv"]
+        if args.dataset == "movielens"
+        else ["items.tsv", "items.csv", "items.jsonl"]
+    )
+    table = read_items(
+        path := Path(args.items) if args.items else find(args.source, names, args.dataset)
+    )
     if not len(log[0]):
         raise InputError(f"--source {args.source}: no interactions in it")
     if not any(i in table for i in np.unique(log[1]).astype(str).tolist()):
-        raise InputError(f"{path}: knows none of the items of --source {args.source}; give the item table of this log by --items")
+        raise InputError(
+            f"{path}: knows none of the items of --source {args.source}; give the item table of this log by --items"
+        )
     return *log, table
 
 
@@ -508,28 +468,47 @@ def filter_and_sort(user_ids, item_ids, times, args):
     (nnz,) sorted by user, then time."""
     users, items = (np.unique(ids, return_inverse=True)[1] for ids in (user_ids, item_ids))
     first = first_of_each(users, items, times)
-    if not first.all():  # a log that says an event twice would put test items into the training part
-        print(f"note: {(~first).sum():,} interactions repeat another (same user, item and time); each counts once")
-        user_ids, item_ids, times, users, items = (x[first] for x in (user_ids, item_ids, times, users, items))
+    if (
+        not first.all()
+    ):  # a log that says an event twice would put test items into the training part
+        print(
+            f"note: {(~first).sum():,} interactions repeat another (same user, item and time); each counts once"
+        )
+        user_ids, item_ids, times, users, items = (
+            x[first] for x in (user_ids, item_ids, times, users, items)
+        )
     keep = k_core(users, items, args.min_count)
     if args.max_users and args.dataset != "toy":
-        keep &= np.isin(users, np.random.default_rng(args.seed).permutation(np.unique(users[keep]))[:args.max_users])
+        keep &= np.isin(
+            users,
+            np.random.default_rng(args.seed).permutation(np.unique(users[keep]))[: args.max_users],
+        )
     if not keep.any():
-        raise InputError(f"--min-count {args.min_count}: nothing is left of {len(users)} interactions; lower it")
+        raise InputError(
+            f"--min-count {args.min_count}: nothing is left of {len(users)} interactions; lower it"
+        )
     user_names, users = np.unique(user_ids[keep], return_inverse=True)
     item_names, items = np.unique(item_ids[keep], return_inverse=True)
     order = np.lexsort((times[keep], users))  # stable: equal times keep file order
-    return user_names.astype(str).tolist(), item_names.astype(str).tolist(), users[order], items[order]
+    return (
+        user_names.astype(str).tolist(),
+        item_names.astype(str).tolist(),
+        users[order],
+        items[order],
+    )
 
 
 def find_cf(users, items, indptr, num_items, args):
     """-> item vectors (I, E), users' own vectors (U, E) of another engine or None, settings, and what
     validation said of them (for meta.json). users, items (nnz,): all interactions, by user and time."""
     from assets.choose_cf import choose_cf  # it needs this file
+
     train = training_part(indptr)
     if not args.cf:
         settings, measured = choose_cf(users, items, indptr, num_items, args)
-        item_cf = train_cf(users[train], items[train], len(indptr) - 1, num_items, settings, seed=args.seed)
+        item_cf = train_cf(
+            users[train], items[train], len(indptr) - 1, num_items, settings, seed=args.seed
+        )
         return item_cf, None, settings, measured
     user_cf, item_cf = load_cf(args.cf, len(indptr) - 1, num_items)
     if user_cf is not None:
@@ -544,12 +523,19 @@ def user_statistics(solver, user_cf, sequence, indptr, count=10_000):
     if user_cf is not None:
         raw = user_cf
     elif solver.recency < 1:
-        raw = solver.of_histories([sequence[indptr[u]:indptr[u] + place] for u, place in zip(*moments)])
+        raw = solver.of_histories(
+            [sequence[indptr[u] : indptr[u] + place] for u, place in zip(*moments)]
+        )
     else:
-        raw = [solver.without(sequence[indptr[u]:indptr[u + 1] - 2], [place]) for u, place in zip(*moments)]
+        raw = [
+            solver.without(sequence[indptr[u] : indptr[u + 1] - 2], [place])
+            for u, place in zip(*moments)
+        ]
         raw = torch.cat(raw) if raw else torch.zeros(0, solver.item_cf.shape[1])
     if len(raw) < 2:
-        return torch.stack([torch.zeros(solver.item_cf.shape[1]), torch.ones(solver.item_cf.shape[1])])
+        return torch.stack(
+            [torch.zeros(solver.item_cf.shape[1]), torch.ones(solver.item_cf.shape[1])]
+        )
     return torch.stack([raw.mean(0), raw.std(0).clamp(min=1e-6)])
 
 
@@ -567,53 +553,140 @@ def prepare(args):
     X = user_cf
     if X is None:
         train = training_part(indptr)
-        owner, chosen = torch.as_tensor(np.repeat(np.arange(U), lengths)[train]), torch.as_tensor(items[train])
+        owner, chosen = (
+            torch.as_tensor(np.repeat(np.arange(U), lengths)[train]),
+            torch.as_tensor(items[train]),
+        )
         X = als_solve(item_cf, length_batches(owner, chosen, U, I), U, settings)
     gram = X.T @ X
-    catalogue = [dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids]
+    catalogue = [
+        dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids
+    ]
     if renamed := unique_titles(catalogue):
-        print(f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")')
+        print(
+            f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")'
+        )
     splits = [item_split(Path(args.out).name, x) for x in item_ids]
     tasks = text_tasks(catalogue, splits, load_prompts(), item_cf, args.seed)
-    meta = {"format": FORMAT, "name": Path(args.out).name, "dataset": args.dataset, "source": args.source, "seed": args.seed, "world_seed": args.world_seed,
-            "min_count": args.min_count, "users": U, "items": I, "interactions": len(users), "short_users": int((lengths < 3).sum()),
-            "renamed_titles": renamed, "cf": {"algorithm": args.cf or "implicit ALS", "settings": asdict(settings), **measured},
-            "held_out": {s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")}}
+    meta = {
+        "format": FORMAT,
+        "name": Path(args.out).name,
+        "dataset": args.dataset,
+        "source": args.source,
+        "seed": args.seed,
+        "world_seed": args.world_seed,
+        "min_count": args.min_count,
+        "users": U,
+        "items": I,
+        "interactions": len(users),
+        "short_users": int((lengths < 3).sum()),
+        "renamed_titles": renamed,
+        "cf": {"algorithm": args.cf or "implicit ALS", "settings": asdict(settings), **measured},
+        "held_out": {
+            s: [i for i, split in enumerate(splits) if split == s] for s in ("valid", "test")
+        },
+    }
 
     def write(folder):
         jsonl = lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for file, text in (("items.jsonl", jsonl(catalogue)), ("tasks.jsonl", jsonl(tasks)), ("users.txt", "\n".join([*user_ids, ""]))):
+        for file, text in (
+            ("items.jsonl", jsonl(catalogue)),
+            ("tasks.jsonl", jsonl(tasks)),
+            ("users.txt", "\n".join([*user_ids, ""])),
+        ):
             (folder / file).write_text(text, encoding="utf-8")
         np.savez(folder / "sequences.npz", indptr=indptr, items=items.astype(np.int32))
         own = {} if user_cf is None else {"user": user_cf.numpy()}
-        np.savez(folder / "cf.npz", item=item_cf.numpy(), user_stats=stats.numpy(), user_gram=gram.numpy(), **own)
-        meta["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+        np.savez(
+            folder / "cf.npz",
+            item=item_cf.numpy(),
+            user_stats=stats.numpy(),
+            user_gram=gram.numpy(),
+            **own,
+        )
+        meta["sha256"] = {
+            f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
+        }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
     write_atomically(args.out, write)
-    print(f"wrote {args.out}: {len(tasks):,} text-task instances; {meta['short_users']} users have fewer than 3 interactions (CF alone)")
+    print(
+        f"wrote {args.out}: {len(tasks):,} text-task instances; {meta['short_users']} users have fewer than 3 interactions (CF alone)"
+    )
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--dataset", default="toy", choices=["toy", "movielens", "openp5", "csv"], help="format of --source [toy]")
+    p.add_argument(
+        "--dataset",
+        default="toy",
+        choices=["toy", "movielens", "openp5", "csv"],
+        help="format of --source [toy]",
+    )
     p.add_argument("--source", help="folder with the raw files")
-    p.add_argument("--items", help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)")
-    p.add_argument("--out", help="prepared folder to write [data/toy, or data/ and the source's name]")
-    p.add_argument("--cf", help="your own CF vectors (.npz with item, and perhaps user) in place of ALS")
-    p.add_argument("--cf-dim", type=within(int, 1, 4096), help="width E of the CF vectors [chosen on validation]")
-    p.add_argument("--recency", type=within(float, 0.01, 1), help="weight of an item a step back; 1: order does not matter [chosen]")
-    p.add_argument("--reg", type=within(float, 1e-6), help="regularisation of CF: flat, or with --a0 a row's weight times it [chosen]")
-    p.add_argument("--a0", type=within(float, 0), help="with --reg: what the empty part of a row weighs [0: flat]")
-    p.add_argument("--min-count", type=within(int, 1), default=5, help="drop users and items with fewer interactions, iterated [5]")
-    p.add_argument("--max-users", type=within(int, 1), help="keep a random sample of users (toy: how many to generate) [all; toy 1000]")
-    p.add_argument("--seed", type=a_seed, default=0, help="users and interactions of the toy world, start of ALS [0]")
-    p.add_argument("--world-seed", type=a_seed, default=0, help="catalogue of the toy world; the shipped LLM knows world 0 [0]")
+    p.add_argument(
+        "--items",
+        help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)",
+    )
+    p.add_argument(
+        "--out", help="prepared folder to write [data/toy, or data/ and the source's name]"
+    )
+    p.add_argument(
+        "--cf", help="your own CF vectors (.npz with item, and perhaps user) in place of ALS"
+    )
+    p.add_argument(
+        "--cf-dim",
+        type=within(int, 1, 4096),
+        help="width E of the CF vectors [chosen on validation]",
+    )
+    p.add_argument(
+        "--recency",
+        type=within(float, 0.01, 1),
+        help="weight of an item a step back; 1: order does not matter [chosen]",
+    )
+    p.add_argument(
+        "--reg",
+        type=within(float, 1e-6),
+        help="regularisation of CF: flat, or with --a0 a row's weight times it [chosen]",
+    )
+    p.add_argument(
+        "--a0",
+        type=within(float, 0),
+        help="with --reg: what the empty part of a row weighs [0: flat]",
+    )
+    p.add_argument(
+        "--min-count",
+        type=within(int, 1),
+        default=5,
+        help="drop users and items with fewer interactions, iterated [5]",
+    )
+    p.add_argument(
+        "--max-users",
+        type=within(int, 1),
+        help="keep a random sample of users (toy: how many to generate) [all; toy 1000]",
+    )
+    p.add_argument(
+        "--seed",
+        type=a_seed,
+        default=0,
+        help="users and interactions of the toy world, start of ALS [0]",
+    )
+    p.add_argument(
+        "--world-seed",
+        type=a_seed,
+        default=0,
+        help="catalogue of the toy world; the shipped LLM knows world 0 [0]",
+    )
     args = p.parse_args(argv)
     if args.dataset != "toy" and not args.source:
-        raise InputError(f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}")
+        raise InputError(
+            f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}"
+        )
     args.out = args.out or f"data/{Path(args.source).resolve().name if args.source else 'toy'}"
     if args.source and Path(args.out).resolve() == Path(args.source).resolve():
-        raise InputError(f"--source {args.source}: the prepared folder would take its place; name another by --out")
+        raise InputError(
+            f"--source {args.source}: the prepared folder would take its place; name another by --out"
+        )
     return args
 
 

@@ -8,7 +8,7 @@
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder."""
-import copy
+
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,18 +16,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging as hf_logging
 
+from assets.cf import last_items
+from assets.fast.search import Trie, additive, search, segment_logsumexp
 from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.later import extend
-from assets.run import autocast, check_fingerprint, from_pretrained, load_weights, pick_device, precision, read_config
-from data import SOFT, item_names, last_items, load_dataset, training_moments
+from assets.run import (
+    autocast,
+    check_fingerprint,
+    from_pretrained,
+    load_weights,
+    pick_device,
+    precision,
+    read_config,
+)
+from data import SOFT, item_names, load_dataset, training_moments
 from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()
-SOFT_BASE = 1 << 24  # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (see Prompt)
+SOFT_BASE = (
+    1 << 24
+)  # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (see Prompt)
 START_TEMPERATURE = 0.4  # of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
 PRIORS = ("popularity", "uniform", "none")
 
@@ -41,85 +58,8 @@ class Prompt(list):
         self.cf = list(cf)
 
 
-# ---- The trie that keeps ranking inside the catalogue ----------------------------------------------------------------
-
-class Trie:
-    """A prefix tree over token sequences in flat arrays: node n has children first[n] .. first[n] + count[n], reached by token[.].
-
-        names  a b $ | a c $ | d e $      root -a-> . -b-> item 0       "d" alone decides for item 2: with renormalize, p is divided
-                                                 `-c-> item 1           among a node's children, an only child is certain, and the
-                                          `-d-> item 2                  tree ends where a name is decided (item[n] >= 0)
-
-    Otherwise every name keeps all its tokens. Names end with an end token ($), so that none is the prefix of another. paths[i]: the
-    tokens that lead to item i, and the nodes among whose children each is chosen."""
-
-    def __init__(self, names, renormalize=True):
-        if len(set(map(tuple, names))) < len(names):
-            raise InputError("two items have names of equal tokens; raise --name-tokens or use --item-names random")
-        order = sorted(range(len(names)), key=lambda i: names[i])
-        first, count, token, item, self.paths = [0], [0], [-1], [-1], [()] * len(names)
-        span = [(0, len(order))]           # which of the sorted names begin so
-        queue = [(0, 0, len(order), [])]   # node, its range in the sorted names, its path
-        for node, start, end, path in queue:  # grows while it is read: breadth first
-            depth = len(path)
-            if end - start == 1 and (renormalize or depth == len(names[order[start]])):
-                item[node], self.paths[order[start]] = order[start], ([t for t, _ in path], [n for _, n in path])
-                continue
-            first[node] = len(token)
-            while start < end:
-                stop = start
-                while stop < end and names[order[stop]][depth] == names[order[start]][depth]:
-                    stop += 1
-                queue.append((len(token), start, stop, [*path, (names[order[start]][depth], node)]))
-                for array, value in ((token, names[order[start]][depth]), (span, (start, stop)), (first, 0), (count, 0), (item, -1)):
-                    array.append(value)
-                start = stop
-            count[node] = len(token) - first[node]
-        self.first, self.count, self.token, self.item = (torch.tensor(x) for x in (first, count, token, item))
-        self.span, self.order = torch.tensor(span), torch.tensor(order)
-        self.num_items, self.renormalize = len(names), renormalize
-        # `vocabulary` (W,): the tokens that names consist of; child n's is vocabulary[column[n]]
-        self.vocabulary, column = torch.unique(self.token[1:], return_inverse=True)
-        self.column = nn.functional.pad(column, (1, 0))
-
-    def children(self, node):
-        """All children of nodes (N,) -> which of the N is the parent (M,), the child (M,)."""
-        count, parent = self.count[node], torch.repeat_interleave(self.count[node])
-        return parent, (self.first[node] + count - count.cumsum(0))[parent] + torch.arange(len(parent), device=node.device)
-
-    def sums(self, values):
-        """values (I,) of items -> the sum of them below each node (nodes,)."""
-        total = nn.functional.pad(values[self.order].double().cumsum(0), (1, 0))
-        return total[self.span[:, 1]] - total[self.span[:, 0]]
-
-    def to(self, device):
-        """A copy there."""
-        there = copy.copy(self)
-        for name in ("first", "count", "token", "item", "span", "order", "vocabulary", "column"):
-            setattr(there, name, getattr(self, name).to(device))
-        return there
-
-
-def segment_logsumexp(x, segment, num_segments):
-    """log sum exp of x (N,) within each segment (N,) -> (num_segments,)."""
-    top = torch.full((num_segments,), -torch.inf, device=x.device).scatter_reduce(0, segment, x.detach(), "amax")
-    return top + torch.zeros_like(top).index_add(0, segment, (x - top[segment]).exp()).log()
-
-
-def best_of_each(user, score, n):
-    """Which of N scored things are among the `n` best of their user, sorted by user, best first -> indices (M,), places 0 .. n-1 (M,)."""
-    order = score.argsort(descending=True)
-    order = order[user[order].argsort(stable=True)]
-    place = torch.arange(len(order), device=user.device) - torch.searchsorted(user[order], user[order])
-    return order[place < n], place[place < n]
-
-
-def additive(may_attend, dtype):
-    """A mask (B, 1, N, S) of True = "may attend" as numbers to add to attention's logits, finite in every type that autocast may choose."""
-    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, -3e4)
-
-
 # ---- Packed rows: several examples in one sequence (train_stage2.pack) ------------------------------------------------
+
 
 def packed_attention(batch):
     """Who may see whom in packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands before it in its own branch,
@@ -148,7 +88,7 @@ def unpacked(batch):
             own = (branch == number).nonzero()[:, 0]
             first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
             trunk = ((branch == 0) & (position < attach[own[0]])).nonzero()[:, 0]
-            yield row * len(ids) + torch.cat([trunk, own[:first + 1]]), label[own[first:]]
+            yield row * len(ids) + torch.cat([trunk, own[: first + 1]]), label[own[first:]]
 
 
 def shifted(ids, count, num_items, Q):
@@ -158,6 +98,7 @@ def shifted(ids, count, num_items, Q):
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
+
 
 class ILM(nn.Module, Portable):
     """encoder (None for the text-only baseline), adapter, frozen LLM. `cf` (I, E): the standardised vectors of the items."""
@@ -169,11 +110,18 @@ class ILM(nn.Module, Portable):
         self.train_llm = config["train_llm"]
         self.Q, self.num_items, self.dataset = config["num_queries"], len(dataset.items), dataset
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
-        limits = [getattr(llm.config.get_text_config(), name, None) for name in ("max_position_embeddings", "sliding_window")]
-        self.context = min([n for n in limits if n], default=1 << 20)  # within a sliding window it slides over nothing
+        limits = [
+            getattr(llm.config.get_text_config(), name, None)
+            for name in ("max_position_embeddings", "sliding_window")
+        ]
+        self.context = min(
+            [n for n in limits if n], default=1 << 20
+        )  # within a sliding window it slides over nothing
         self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
         self.history = getattr(encoder, "history", 0)  # W
-        self.history_cf = nn.functional.pad(dataset.item_cf, (0, 0, 0, 1))  # on the CPU: users' vectors travel with the batch
+        self.history_cf = nn.functional.pad(
+            dataset.item_cf, (0, 0, 0, 1)
+        )  # on the CPU: users' vectors travel with the batch
         self.shuffled = False
         if config.get("shuffle_cf"):
             self.shuffle_cf()
@@ -181,12 +129,19 @@ class ILM(nn.Module, Portable):
         self.names_trie, self.device_trie = Trie(self.name_ids), None
         self.reserve = max(64, *map(len, self.name_ids))  # tokens kept free for an answer
         tokenizer.add_tokens([SOFT], special_tokens=True)
-        self.soft_id, self.zero_soft = tokenizer.convert_tokens_to_ids(SOFT), False  # zero_soft: a control of evaluate.py
+        self.soft_id, self.zero_soft = (
+            tokenizer.convert_tokens_to_ids(SOFT),
+            False,
+        )  # zero_soft: a control of evaluate.py
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
         self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
         if encoder is not None:
-            self.adapter = nn.Identity() if isinstance(encoder, MLPEncoder) else Adapter(self.Q, encoder.width, self.hidden)
+            self.adapter = (
+                nn.Identity()
+                if isinstance(encoder, MLPEncoder)
+                else Adapter(self.Q, encoder.width, self.hidden)
+            )
             self.soft_scale = nn.Parameter(torch.ones(()), requires_grad=False)
             self.match_scale()
         llm.requires_grad_(self.train_llm)
@@ -202,9 +157,13 @@ class ILM(nn.Module, Portable):
         paper has no such thing (--prior none --temperature fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
         below = self.names_trie.sums(1 + purchases).log().float()
-        self.register_buffer("log_count", torch.zeros_like(below) if prior == "none" else below, persistent=False)
+        self.register_buffer(
+            "log_count", torch.zeros_like(below) if prior == "none" else below, persistent=False
+        )
         learned = temperature == "learned" and (self.encoder is not None or self.train_llm)
-        self.tau = nn.Parameter(torch.tensor(START_TEMPERATURE if learned else 1.0), requires_grad=learned)
+        self.tau = nn.Parameter(
+            torch.tensor(START_TEMPERATURE if learned else 1.0), requires_grad=learned
+        )
 
     def among_children(self, logit, child):
         """The LLM's logits of children's tokens (M,) -> those by which p is divided among them (M,)."""
@@ -219,29 +178,51 @@ class ILM(nn.Module, Portable):
 
     def autocast(self):
         """As for the scripts; T5's activations overflow fp16, so that it computes in fp32 where there is no bf16."""
-        return nullcontext() if self.seq2seq and precision(self.cf.device) == torch.float16 else autocast(self.cf.device)
+        return (
+            nullcontext()
+            if self.seq2seq and precision(self.cf.device) == torch.float16
+            else autocast(self.cf.device)
+        )
 
     @torch.no_grad()
     def match_scale(self):
         """A Q-Former's adapter reads whitened states. Soft tokens start as loud as the LLM's own states half way up its layers
         (the median: some tokens of large LLMs are very loud), so that the layers pass them on instead of drowning them, and a prompt that
-        ends with them can be answered from them (README, read-out). DEVIATION: the paper names no scale. Both stay as set."""
-        ids = torch.tensor([sum(self.name_ids[:64], [])[:min(256, self.context)]], device=self.cf.device)
-        reader, embeddings = self.llm.get_encoder() if self.seq2seq else self.llm.base_model, self.llm.get_input_embeddings()(ids)
+        ends with them can be answered from them (assets/docs/FINDINGS.md). DEVIATION: the paper names no scale. Both stay as set."""
+        ids = torch.tensor(
+            [sum(self.name_ids[:64], [])[: min(256, self.context)]], device=self.cf.device
+        )
+        reader, embeddings = (
+            self.llm.get_encoder() if self.seq2seq else self.llm.base_model,
+            self.llm.get_input_embeddings()(ids),
+        )
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
-        gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()  # 1, but for types that multiply whatever is put in
+        gain = (states[0] * embeddings).sum() / embeddings.pow(
+            2
+        ).sum()  # 1, but for types that multiply whatever is put in
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
-        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(self.cf.device)
+        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(
+            self.cf.device
+        )
         probe = self.with_history(probe)
-        if not isinstance(self.encoder, MLPEncoder):  # of many, some thousands of items and users will do
+        if not isinstance(
+            self.encoder, MLPEncoder
+        ):  # of many, some thousands of items and users will do
             moments = training_moments(self.dataset.indptr, 2_000)
-            recent = [last_items(self.dataset.items_of(u), [place], self.history) for u, place in zip(*moments)]
+            recent = [
+                last_items(self.dataset.items_of(u), [place], self.history)
+                for u, place in zip(*moments)
+            ]
             users = self.dataset.standard_users(self.dataset.moments(*moments))
-            users = self.with_history(users, np.concatenate([np.zeros((0, self.history), int), *recent])).to(self.cf)
-            some = self.cf[::self.num_items // 5_000 + 1]
+            users = self.with_history(
+                users, np.concatenate([np.zeros((0, self.history), int), *recent])
+            ).to(self.cf)
+            some = self.cf[:: self.num_items // 5_000 + 1]
             some = torch.cat([self.with_history(some), users])
             self.adapter.whiten_(self.encoder.eval().encode(some).flatten(0, 1))
-        self.soft_scale.fill_(words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt())
+        self.soft_scale.fill_(
+            words / self.adapter(self.encoder.eval().encode(probe)).pow(2).mean().sqrt()
+        )
 
     def with_history(self, vectors, recent=None):
         """Vectors (N, E) and the items before them (N, W), latest first, -1 for none (last_items) -> what encoders read (N, (1 + W) * E):
@@ -269,8 +250,14 @@ class ILM(nn.Module, Portable):
         mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name. The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
         its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
         conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
-        tokens_only, history = self.config["prompt_items"] == "tokens" and self.encoder is not None, list(history)
-        turns, chat = [template] if isinstance(template, str) else template, self.tokenizer.chat_template
+        tokens_only, history = (
+            self.config["prompt_items"] == "tokens" and self.encoder is not None,
+            list(history),
+        )
+        turns, chat = (
+            [template] if isinstance(template, str) else template,
+            self.tokenizer.chat_template,
+        )
         while True:
             entities, queue, vectors = [], list(items), list(guests)
 
@@ -284,12 +271,18 @@ class ILM(nn.Module, Portable):
                 if vector is None:
                     vector = self.dataset.standard_users(self.dataset.users_at([number]))
                     items = self.dataset.items_of(number)
-                    vector = self.with_history(vector, last_items(items, [len(items)], self.history))[0]
+                    vector = self.with_history(
+                        vector, last_items(items, [len(items)], self.history)
+                    )[0]
                 vectors.append(vector)
                 return soft(self.num_items + len(vectors) - 1)
 
             def mention(item, with_name=True):
-                return (self.names[item] if with_name and not tokens_only and item < self.num_items else "") + soft(item)
+                return (
+                    self.names[item]
+                    if with_name and not tokens_only and item < self.num_items
+                    else ""
+                ) + soft(item)
 
             def fill(match):
                 given = [int(i) for i in match[2].split(",")] if match[2] else None
@@ -299,23 +292,37 @@ class ILM(nn.Module, Portable):
                     return mention(given[0] if given else queue.pop(0), named) or "this item"
                 return ", ".join(mention(int(i)) for i in given or history)
 
-            text = [re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, "")) for turn in turns]
+            text = [
+                re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, ""))
+                for turn in turns
+            ]
             if chat:
-                text = [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(text)]
-                text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+                text = [
+                    {"role": ("user", "assistant")[k % 2], "content": turn}
+                    for k, turn in enumerate(text)
+                ]
+                text = self.tokenizer.apply_chat_template(
+                    text, tokenize=False, add_generation_prompt=True
+                )
             else:
-                text = text[0] + "".join((" ", "\n")[k % 2] + turn for k, turn in enumerate(text[1:]))  # answers after a space
+                text = text[0] + "".join(
+                    (" ", "\n")[k % 2] + turn for k, turn in enumerate(text[1:])
+                )  # answers after a space
             ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
             if self.encoder is not None:
                 slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])
-                assert ids.count(self.soft_id) == self.Q * len(entities), "the tokenizer lost a soft token"
+                assert ids.count(self.soft_id) == self.Q * len(entities), (
+                    "the tokenizer lost a soft token"
+                )
                 ids = [next(slots) if i == self.soft_id else i for i in ids]
             if len(ids) + self.reserve <= self.context or not history and len(turns) < 3:
                 break
             history, turns = history[1:], turns if history else turns[2:]
         if not 0 < len(ids) <= self.context - self.reserve:
-            raise InputError(f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
-                             f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}")
+            raise InputError(
+                f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
+                f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}"
+            )
         return Prompt(ids, vectors)
 
     def target_ids(self, text):
@@ -339,11 +346,21 @@ class ILM(nn.Module, Portable):
         if not len(place):
             return {}
         slot = flat[place] - SOFT_BASE
-        entity, inverse = torch.unique(slot // self.Q, return_inverse=True)  # each is encoded once, however often it occurs
-        guests = entity[entity >= self.num_items] - self.num_items           # sorted, so that they come last
-        vectors = nn.utils.rnn.pad_sequence([cf[n] for n in guests.tolist()], True) if len(guests) else torch.zeros(0, self.cf.shape[1])
-        return {"soft_place": place, "soft_token": inverse * self.Q + slot % self.Q, "soft_item": entity[entity < self.num_items],
-                "soft_cf": vectors}
+        entity, inverse = torch.unique(
+            slot // self.Q, return_inverse=True
+        )  # each is encoded once, however often it occurs
+        guests = entity[entity >= self.num_items] - self.num_items  # sorted, so that they come last
+        vectors = (
+            nn.utils.rnn.pad_sequence([cf[n] for n in guests.tolist()], True)
+            if len(guests)
+            else torch.zeros(0, self.cf.shape[1])
+        )
+        return {
+            "soft_place": place,
+            "soft_token": inverse * self.Q + slot % self.Q,
+            "soft_item": entity[entity < self.num_items],
+            "soft_cf": vectors,
+        }
 
     def embed(self, ids, soft=None):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft tokens from the item encoder.
@@ -353,24 +370,37 @@ class ILM(nn.Module, Portable):
         words = self.llm.get_input_embeddings()(ids.masked_fill(ids >= SOFT_BASE, 0))
         items, users = self.cf[soft["soft_item"]], soft["soft_cf"].to(self.cf)
         items = self.with_history(items)
-        users = users if users.shape[1] == items.shape[1] else self.with_history(users)  # a mixture of items
+        users = (
+            users if users.shape[1] == items.shape[1] else self.with_history(users)
+        )  # a mixture of items
         tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
         tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
 
     def body(self, embeddings, attention_mask, position_ids, cache=None):
         """The LLM without its head -> last hidden states (B, L, hidden); a cache grows."""
-        return self.llm.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
-                                   use_cache=cache is not None, **{self.cache_name: cache}).last_hidden_state
+        return self.llm.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=cache is not None,
+            **{self.cache_name: cache},
+        ).last_hidden_state
 
     def encode_prompts(self, embeddings, mask):
         """An encoder-decoder LLM reads its prompts -> states (B, L, hidden), mask (B, L)."""
-        return self.llm.get_encoder()(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state, mask
+        return self.llm.get_encoder()(
+            inputs_embeds=embeddings, attention_mask=mask.long()
+        ).last_hidden_state, mask
 
     def decode(self, ids, states, mask):
         """... and continues ids (B, T), the start token first -> last hidden states (B, T, hidden)."""
-        return self.llm.get_decoder()(input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask.long(),
-                                      use_cache=False).last_hidden_state
+        return self.llm.get_decoder()(
+            input_ids=ids,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
 
     def decode_branches(self, batch):
         """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden) of the targets, in row order."""
@@ -379,28 +409,57 @@ class ILM(nn.Module, Portable):
         width = max(len(place) for place in prompts)
         place = torch.stack([nn.functional.pad(p, (0, width - len(p)), value=-1) for p in prompts])
         states = self.encode_prompts(embeddings.flatten(0, 1)[place.clamp(min=0)], place >= 0)
-        start = torch.tensor([self.llm.generation_config.decoder_start_token_id], device=place.device)
+        start = torch.tensor(
+            [self.llm.generation_config.decoder_start_token_id], device=place.device
+        )
         label = nn.utils.rnn.pad_sequence(targets, True, -100)
-        hidden = self.decode(nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states)
+        hidden = self.decode(
+            nn.utils.rnn.pad_sequence([torch.cat([start, t[:-1]]) for t in targets], True), *states
+        )
         return hidden[label >= 0]
 
     def head(self, hidden, tokens=None):
         """Logits (N, V), or of some tokens alone."""
         out, rows = self.llm.get_output_embeddings(), slice(None) if tokens is None else tokens
-        logits = nn.functional.linear(hidden, out.weight[rows], None if out.bias is None else out.bias[rows]).float() * self.logit_scale
+        logits = (
+            nn.functional.linear(
+                hidden, out.weight[rows], None if out.bias is None else out.bias[rows]
+            ).float()
+            * self.logit_scale
+        )
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def index(self, batch):
-        """What forward needs to know of a batch (train_stage2.collate) before the device has it: its soft tokens, its targets, and, where
-        a target is part of a name (node >= 0), the children of its node, among which p is divided."""
+        """What forward needs to know of a batch (train_stage2.collate) before the device has it: its soft tokens and its targets."""
         batch = batch | self.soft_index(batch["ids"], batch.pop("cf"))
         target = (batch["label"].flatten() >= 0).nonzero()[:, 0]
-        label, node = batch["label"].flatten()[target], batch["node"].flatten()[target]
-        named, words = (node >= 0).nonzero()[:, 0], (node < 0).nonzero()[:, 0]
+        token, node = batch["label"].flatten()[target], batch["node"].flatten()[target]
+        return batch | {"target": target} | self.index_targets(token, node)
+
+    def index_targets(self, token, node):
+        """What log_p needs to know of target tokens (T,), worked out on the CPU: which of them are words of a text (node -1), and of
+        those that are part of a name all children of their nodes (T,), among which p is divided, and which child is meant."""
+        words, named = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
         parent, child = self.names_trie.children(node[named])
-        hit = (self.names_trie.token[child] == label[named][parent]).nonzero()[:, 0]  # of each parent's children the one that is wanted
-        return batch | {"target": target, "words": words, "word": label[words], "named": named, "parent": parent, "child": child,
-                        "hit": hit}
+        hit = (self.names_trie.token[child] == token[named][parent]).nonzero()[:, 0]
+        found = {"words": words, "word": token[words], "named": named}
+        return found | {"parent": parent, "child": child, "hit": hit}
+
+    def log_p(self, hidden, targets):
+        """The last hidden states (T, hidden) that predict the targets (index_targets, on the device) -> log p of each, (T,)."""
+        log_p = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        if len(targets["words"]):
+            logits = self.head(hidden.index_select(0, targets["words"]))
+            own = logits.gather(1, targets["word"][:, None])[:, 0]
+            log_p = log_p.index_copy(0, targets["words"], own - logits.logsumexp(1))
+        if len(targets["named"]):
+            parent, child, trie = targets["parent"], targets["child"], self.trie()
+            logits = self.head(hidden.index_select(0, targets["named"]), trie.vocabulary)
+            logit = self.among_children(logits[parent, trie.column[child]], child)
+            total = segment_logsumexp(logit, parent, len(targets["named"]))
+            own = logit.index_select(0, targets["hit"])
+            log_p = log_p.index_copy(0, targets["named"], own - total)
+        return log_p
 
     def forward(self, batch):
         """An indexed batch of packed rows -> the sum of -log p over target tokens, and -log p of each of them (T,), in row order. p is
@@ -410,20 +469,14 @@ class ILM(nn.Module, Portable):
             hidden = self.decode_branches(batch)
         else:
             embeddings = self.embed(batch["ids"], batch)
-            hidden = self.body(embeddings, additive(packed_attention(batch), embeddings.dtype), batch["position"])
+            mask = additive(packed_attention(batch), embeddings.dtype)
+            hidden = self.body(embeddings, mask, batch["position"])
             hidden = hidden.flatten(0, 1).index_select(0, batch["target"])
-        nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        if len(batch["words"]):
-            logits = self.head(hidden.index_select(0, batch["words"]))
-            own = logits.gather(1, batch["word"][:, None])[:, 0]
-            nll = nll.index_copy(0, batch["words"], logits.logsumexp(1) - own)
-        if len(batch["named"]):
-            parent, child, trie = batch["parent"], batch["child"], self.trie()
-            logits = self.head(hidden.index_select(0, batch["named"]), trie.vocabulary)
-            logit = self.among_children(logits[parent, trie.column[child]], child)
-            total = segment_logsumexp(logit, parent, len(batch["named"]))
-            nll = nll.index_copy(0, batch["named"], total - logit.index_select(0, batch["hit"]))
-        return nll.sum() + 0 * self.tau, nll  # with several processes every parameter needs a gradient in every batch
+        nll = -self.log_p(hidden, batch)
+        return (
+            nll.sum() + 0 * self.tau,
+            nll,
+        )  # of several processes none may leave tau without a gradient
 
     # -- inference
 
@@ -444,77 +497,57 @@ class ILM(nn.Module, Portable):
             rows.append(torch.tensor(shifted(prompt, len(cf), self.num_items, self.Q)))
             cf += getattr(prompt, "cf", [])
         pad = lambda rows: nn.utils.rnn.pad_sequence(rows, True, 0, side)
-        mask, ids = pad([torch.ones(len(row), dtype=torch.long) for row in rows]).to(self.cf.device), pad(rows)
+        mask, ids = (
+            pad([torch.ones(len(row), dtype=torch.long) for row in rows]).to(self.cf.device),
+            pad(rows),
+        )
         soft = {key: value.to(self.cf.device) for key, value in self.soft_index(ids, cf).items()}
         return self.embed(ids.to(self.cf.device), soft), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
-    def read_side_by_side(self, token, user, place, sees, position, cache):
-        """One more token (N,) of each living prefix, in row `user`, column `place` (N,). sees (N, columns of the cache and the new ones):
-        what each may attend to. position (B, 1) of the new tokens. -> last hidden states (N, hidden); the cache grows."""
-        B, W = len(position), sees.shape[1] - cache.get_seq_length()
-        mask = torch.zeros(B, W, sees.shape[1], dtype=torch.bool, device=token.device)
-        mask[user, place] = sees
-        ids = torch.zeros(B, W, dtype=torch.long, device=token.device)
-        ids[user, place] = token
-        embedded = self.embed(ids)
-        return self.body(embedded, additive(mask[:, None], embedded.dtype), position.expand(B, W), cache)[user, place]
-
     @torch.no_grad()
-    def rank(self, prompts, trie, beams=None, taken=None):
-        """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact;
-        None: exact up to 1,000 items, 20 beams above.
-
-        score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children (trie.renormalize).
-        taken (B, I): items that shall not be found. All prefixes of a user are read side by side in that user's row, a token a step; a
-        mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
-        embeddings, sees, position = self.pad(prompts)
-        B, device = len(embeddings), embeddings.device
-        beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
-        if self.seq2seq:
-            states, sees = self.encode_prompts(embeddings, sees)
-            path = torch.full((B, 1), self.llm.generation_config.decoder_start_token_id, device=device)
-            hidden = self.decode(path, states, sees)
-        else:
-            hidden = self.body(embeddings, sees, position, cache := DynamicCache())
-            position, sees = position[:, -1:], sees.bool()
-        hidden = hidden[:, -1]                                                                 # of N living prefixes, first N = B
-        user, node, score = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, device=device)
-        found = user[:0], node[:0], score[:0]                                                  # finished names: user, item, score
-        free = torch.ones(B, trie.num_items, device=device) if taken is None else (~taken[:, trie.order]).float()
-        free = nn.functional.pad(free.cumsum(1), (1, 0))                                       # of the first n sorted names, (B, I+1)
-        while len(node):
-            # All continuations of all prefixes
-            parent, child = trie.children(node)
-            allowed, column = trie.token[child].unique(return_inverse=True)
-            logit = self.head(hidden, allowed)[parent, column]
-            if trie.renormalize:
-                logit = self.among_children(logit, child)
-            total = segment_logsumexp(logit, parent, len(node)) if trie.renormalize else self.head(hidden).logsumexp(1)
-            user, score, item = user[parent], score[parent] + logit - total[parent], trie.item[child]
-            # The `beams` best finished names. Dead is a prefix that is not above the last of them, or leads to nothing but taken items
-            done = (item >= 0) if taken is None else (item >= 0) & ~taken[user, item]
-            found = [torch.cat([old, new[done]]) for old, new in zip(found, (user, item, score))]
-            kept, place = best_of_each(found[0], found[2], beams)
-            found = [x[kept] for x in found]
-            bar = torch.full((B,), -torch.inf, device=device)
-            bar[found[0][place == beams - 1]] = found[2][place == beams - 1]
-            begin, end = trie.span[child].T
-            alive = ((item < 0) & (score > bar[user]) & (free[user, end] > free[user, begin])).nonzero()[:, 0]
-            kept, place = best_of_each(user[alive], score[alive], beams)
-            alive = alive[kept]
-            if not len(alive):
-                break
-            user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
-            if self.seq2seq:  # the simple path: a prefix is a row, read from its start
-                path = torch.cat([path[parent], trie.token[node][:, None]], 1)
-                hidden = torch.cat([self.decode(p, states[u], sees[u])[:, -1] for p, u in zip(path.split(512), user.split(512))])
-                continue
-            position = position + 1
-            sees = torch.cat([sees[parent], place[:, None] == torch.arange(int(place.max()) + 1, device=device)], 1)
-            hidden = self.read_side_by_side(trie.token[node], user, place, sees, position, cache)
-        scores = torch.full((B, trie.num_items), -torch.inf, device=device)
-        scores[found[0], found[1]] = found[2]
+    def score(self, prompts, items, chunk=64):
+        """log p of items' names after each prompt, prompts (B,), items (N,) -> (B, N). This is what ranking *is*: the sum over a name's
+        tokens of log p, p divided among the trie's children at each of them, until the name is decided. rank finds the best of it
+        faster."""
+        scores = torch.zeros(len(prompts), len(items))
+        for row, prompt in enumerate(prompts):
+            for start in range(0, len(items), chunk):
+                tokens, nodes = zip(
+                    *(self.names_trie.paths[i] for i in items[start : start + chunk])
+                )
+                hidden = self.states([prompt] * len(tokens), tokens)
+                named = self.index_targets(
+                    torch.tensor(sum(tokens, [])), torch.tensor(sum(nodes, []))
+                )
+                log_p = self.log_p(hidden, {k: v.to(hidden.device) for k, v in named.items()}).cpu()
+                lengths = [len(name) for name in tokens]
+                scores[row, start : start + chunk] = torch.stack(
+                    [part.sum() for part in log_p.split(lengths)]
+                )
         return scores
+
+    def states(self, prompts, targets):
+        """The last hidden states that predict each token of targets [(T,), ...] after prompts [(P,), ...], one after the other."""
+        before = [
+            Prompt([*prompt, *target[:-1]], getattr(prompt, "cf", []))
+            for prompt, target in zip(prompts, targets)
+        ]
+        if self.seq2seq:
+            start = self.llm.generation_config.decoder_start_token_id
+            embeddings, mask, _ = self.pad(prompts)
+            decoded = [
+                torch.tensor([start, *target[:-1]], device=self.cf.device) for target in targets
+            ]
+            ids = nn.utils.rnn.pad_sequence(decoded, True)
+            hidden = self.decode(ids, *self.encode_prompts(embeddings, mask))
+            return torch.cat([row[: len(target)] for row, target in zip(hidden, targets)])
+        embeddings, mask, position = self.pad(before)
+        hidden = self.body(embeddings, mask, position)
+        return torch.cat([row[len(row) - len(target) :] for row, target in zip(hidden, targets)])
+
+    def rank(self, prompts, trie, beams=None, taken=None):
+        """score of the `beams` best items of each prompt, (B, I), the others -inf (assets/fast/search.py)."""
+        return search(self, prompts, trie, beams, taken)
 
     def recommend(self, prompts, taken, k=10):
         """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each prompt the items to leave out."""
@@ -522,24 +555,52 @@ class ILM(nn.Module, Portable):
         for row, items in zip(mask, taken):
             row[list(items)] = True
         with self.autocast():
-            scores = self.rank(prompts, self.trie(), None if k <= 20 or self.num_items <= 1000 else k, mask.to(self.cf.device))
-        return [[(int(i), row[i].item()) for i in row.argsort(descending=True, stable=True)[:k] if row[i] > -torch.inf] for row in scores]
+            scores = self.rank(
+                prompts,
+                self.trie(),
+                None if k <= 20 or self.num_items <= 1000 else k,
+                mask.to(self.cf.device),
+            )
+        return [
+            [
+                (int(i), row[i].item())
+                for i in row.argsort(descending=True, stable=True)[:k]
+                if row[i] > -torch.inf
+            ]
+            for row in scores
+        ]
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
-        (embeddings, mask, _), end, pad = self.pad(prompts), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        ends = self.llm.generation_config.eos_token_id  # a list where a chat model ends its turns in another way
-        out = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **more,
-                                eos_token_id=[end, *ends] if isinstance(ends, list) else end, pad_token_id=end if pad is None else pad)
+        (embeddings, mask, _), end, pad = (
+            self.pad(prompts),
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+        )
+        ends = (
+            self.llm.generation_config.eos_token_id
+        )  # a list where a chat model ends its turns in another way
+        out = self.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **more,
+            eos_token_id=[end, *ends] if isinstance(ends, list) else end,
+            pad_token_id=end if pad is None else pad,
+        )
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def saved_parameters(self):
         """What a run directory holds: encoder and adapter, and the LLM only where it was trained."""
-        return {n: p for n, p in self.named_parameters() if self.train_llm or not n.startswith("llm.")}
+        return {
+            n: p for n, p in self.named_parameters() if self.train_llm or not n.startswith("llm.")
+        }
 
 
 # ---- Building and loading --------------------------------------------------------------------------------------------
+
 
 def make_encoder(config, cf_dim, hidden):
     """The item encoder of a method. Of your own: any module with a number `width` and encode(cf (N, E)) -> (N, Q, width), a line here,
@@ -547,7 +608,9 @@ def make_encoder(config, cf_dim, hidden):
     if config["method"] == "text":
         return None
     if config["method"] == "mlp":
-        return MLPEncoder(cf_dim, config["num_queries"], hidden, config["qformer"].get("history", 0))
+        return MLPEncoder(
+            cf_dim, config["num_queries"], hidden, config["qformer"].get("history", 0)
+        )
     encoder = QFormer(QFormerConfig(**config["qformer"]))
     encoder.freeze_all_but_encode()
     return encoder
@@ -557,12 +620,22 @@ def build_ilm(config, dataset, device):
     """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller. A frozen LLM is in bf16 where the device has
     it, else in fp32, like one that trains (a step is lost in bf16's rounding). Attention: transformers' choice, sdpa where the type can."""
     seq2seq = from_pretrained(AutoConfig, config["llm"], "--llm").is_encoder_decoder
-    llm = from_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config["llm"], "--llm",
-                          dtype=torch.float32 if config["train_llm"] or precision(device) != torch.bfloat16 else torch.bfloat16)
+    llm = from_pretrained(
+        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM,
+        config["llm"],
+        "--llm",
+        dtype=torch.float32
+        if config["train_llm"] or precision(device) != torch.bfloat16
+        else torch.bfloat16,
+    )
     tokenizer = from_pretrained(AutoTokenizer, config["llm"], "--llm")
     if tokenizer.eos_token_id is None or len(tokenizer) > llm.get_input_embeddings().num_embeddings:
-        raise InputError(f"--llm {config['llm']}: its tokenizer has no end token (eos_token in tokenizer_config.json) or is another LLM's")
-    encoder = make_encoder(config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim)
+        raise InputError(
+            f"--llm {config['llm']}: its tokenizer has no end token (eos_token in tokenizer_config.json) or is another LLM's"
+        )
+    encoder = make_encoder(
+        config, dataset.item_cf.shape[1], llm.get_input_embeddings().embedding_dim
+    )
     return ILM(llm, tokenizer, encoder, dataset, config).to(device)
 
 
@@ -570,7 +643,10 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of interactions.csv (and items.csv) with users and
     items that came later; they get vectors by fold-in (assets/later.py) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
-    config["llm"], dataset = llm or config["llm"], check_fingerprint(config, load_dataset(data or config["data"]), run)
+    config["llm"], dataset = (
+        llm or config["llm"],
+        check_fingerprint(config, load_dataset(data or config["data"]), run),
+    )
     model = build_ilm(config, extend(dataset, new) if new else dataset, torch.device(device))
     load_weights(model.saved_parameters(), Path(run) / "model.safetensors")
     return model.eval()
@@ -578,20 +654,34 @@ def load_ilm(run, device, data=None, new=None, llm=None):
 
 # ---- Talking to it ---------------------------------------------------------------------------------------------------
 
+
 def main():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
-    p.add_argument("--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]")
+    p.add_argument(
+        "--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]"
+    )
     p.add_argument("--data", help="prepared folder [the run's]")
-    p.add_argument("--new", metavar="FOLDER", help="interactions.csv (and items.csv) of users and items that came after training")
+    p.add_argument(
+        "--new",
+        metavar="FOLDER",
+        help="interactions.csv (and items.csv) of users and items that came after training",
+    )
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
-    p.add_argument("--export", metavar="FILE.npy", help="write the soft tokens of all items and users, for use elsewhere")
+    p.add_argument(
+        "--export",
+        metavar="FILE.npy",
+        help="write the soft tokens of all items and users, for use elsewhere",
+    )
     p.add_argument("--seed", type=a_seed, default=0, help="unused: answers are greedy [0]")
     args = p.parse_args()
     model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
     if args.export:
-        return print(f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second")
+        return print(
+            f"wrote {args.export}: {model.export(args.export):,.0f} items and users a second"
+        )
     from assets.chat import Chat
+
     Chat(model).answer(args.prompt) if args.prompt else Chat(model).converse()
 
 

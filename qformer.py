@@ -11,6 +11,7 @@ and user-item (UI) losses. A user is one more item: the same encoder reads user 
 Dimension letters, for the whole project:
     B batch   Q queries = soft tokens per item   T text tokens   M CF key tokens   D Q-Former width   E CF width
     H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users   N any number of rows   S keys"""
+
 import math
 from dataclasses import dataclass, replace
 
@@ -22,20 +23,21 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    cf_dim: int              # E
-    vocab_size: int          # V of the text branch
-    num_queries: int = 4     # Q. BLIP-2 has 32; the paper's number is not known to us
-    width: int = 128         # D. DEVIATION: BERT-base's 768 in BLIP-2; --width 768 --layers 8 --init-bert is nearest to the paper
-    layers: int = 2          # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
-    heads: int = 0           # H; 0 stands for width // 32, or the next smaller number that divides the width
-    history: int = 0         # W, items of a user's history that queries read beside the CF vector; 0: the vector alone
-    cf_tokens: int = 4       # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys
-    proj_dim: int = 64       # P. 256 in BLIP-2
-    max_text: int = 48       # T at most. 32 in BLIP-2
+    cf_dim: int  # E
+    vocab_size: int  # V of the text branch
+    num_queries: int = 4  # Q. BLIP-2 has 32; the paper's number is not known to us
+    width: int = 128  # D. DEVIATION: BERT-base's 768 in BLIP-2; --width 768 --layers 8 --init-bert is nearest to the paper
+    layers: int = 2  # 8 in the paper, 12 in BLIP-2; cross-attention in layers 0, 2, 4, ...
+    heads: int = 0  # H; 0 stands for width // 32, or the next smaller number that divides the width
+    history: int = 0  # W, items of a user's history that queries read beside the CF vector; 0: the vector alone
+    cf_tokens: int = 4  # M. DEVIATION: one key would make the softmax of cross-attention trivial (always 1): see CFKeys
+    proj_dim: int = 64  # P. 256 in BLIP-2
+    max_text: int = 48  # T at most. 32 in BLIP-2
     dropout: float = 0.1
 
 
 # ---- Who may see whom ------------------------------------------------------------------------------------------------
+
 
 def attention_pattern(pattern, num_queries, text_mask):
     """The three patterns of BLIP-2's figure 2. text_mask (B, T), True at real tokens -> (B, 1, Q+T, Q+T), True means "may attend".
@@ -68,6 +70,7 @@ def attention_pattern(pattern, num_queries, text_mask):
 
 # ---- Building blocks (BERT's: LayerNorm *after* each residual sum, erf gelu) -----------------------------------------
 
+
 class Attention(nn.Module):
     """Multi-head attention with residual and LayerNorm. x (B, N, D), context (B, S, D), mask (B, 1, N, S) or None -> (B, N, D)."""
 
@@ -80,9 +83,16 @@ class Attention(nn.Module):
 
     def forward(self, x, context, mask=None):
         B, N, D = x.shape
-        split = lambda y: y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)        # (B, H, N, D/H)
-        y = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(context)), split(self.value(context)),
-                                           attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        split = lambda y: y.view(B, -1, self.heads, D // self.heads).transpose(
+            1, 2
+        )  # (B, H, N, D/H)
+        y = F.scaled_dot_product_attention(
+            split(self.query(x)),
+            split(self.key(context)),
+            split(self.value(context)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         y = self.out(y.transpose(1, 2).reshape(B, N, D))
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
@@ -107,8 +117,12 @@ class Layer(nn.Module):
     def __init__(self, config, cross):
         super().__init__()
         self.self_attention = Attention(config.width, config.heads, config.dropout)
-        self.history_attention = Attention(config.width, config.heads, config.dropout) if config.history else None
-        self.cross_attention = Attention(config.width, config.heads, config.dropout) if cross else None
+        self.history_attention = (
+            Attention(config.width, config.heads, config.dropout) if config.history else None
+        )
+        self.cross_attention = (
+            Attention(config.width, config.heads, config.dropout) if cross else None
+        )
         self.query_ffn = FeedForward(config.width, config.dropout)
         self.text_ffn = FeedForward(config.width, config.dropout)
 
@@ -118,7 +132,10 @@ class Layer(nn.Module):
         x = self.self_attention(x[:, :keep], x, mask)
         queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
         if pair is not None:
-            queries, text = queries.index_select(0, pair), text.index_select(0, pair)  # [pair] has a backward that differs from run to run
+            queries, text = (
+                queries.index_select(0, pair),
+                text.index_select(0, pair),
+            )  # [pair] has a backward that differs from run to run
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
         if num_queries and history is not None:
@@ -155,18 +172,33 @@ class HistoryKeys(nn.Module):
     def forward(self, history):
         B, W = len(history), len(self.places) - 1
         items = history.view(B, W, -1)
-        keys = torch.cat([self.linear(items), torch.zeros_like(self.places[:1]).expand(B, 1, -1)], 1) + self.places
-        there = torch.cat([(items != 0).any(2), torch.ones(B, 1, dtype=torch.bool, device=items.device)], 1)
+        keys = (
+            torch.cat([self.linear(items), torch.zeros_like(self.places[:1]).expand(B, 1, -1)], 1)
+            + self.places
+        )
+        there = torch.cat(
+            [(items != 0).any(2), torch.ones(B, 1, dtype=torch.bool, device=items.device)], 1
+        )
         return keys, there[:, None, None]
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
+
 class QFormer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        config = replace(config, heads=config.heads or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0))
-        self.config, self.width, self.history, D = config, config.width, config.history, config.width
+        config = replace(
+            config,
+            heads=config.heads
+            or next(h for h in range(max(1, config.width // 32), 0, -1) if config.width % h == 0),
+        )
+        self.config, self.width, self.history, D = (
+            config,
+            config.width,
+            config.history,
+            config.width,
+        )
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
         self.cf_keys = CFKeys(config)
         self.history_keys = HistoryKeys(config) if config.history else None
@@ -175,12 +207,17 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-12)
         self.layers = nn.ModuleList(Layer(config, cross=i % 2 == 0) for i in range(config.layers))
         # Heads, one a loss
-        self.query_proj, self.text_proj = nn.Linear(D, config.proj_dim), nn.Linear(D, config.proj_dim)
+        self.query_proj, self.text_proj = (
+            nn.Linear(D, config.proj_dim),
+            nn.Linear(D, config.proj_dim),
+        )
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.itm_head = nn.Linear(D, 2)
         self.lm_transform, self.lm_norm = nn.Linear(D, D), nn.LayerNorm(D, eps=1e-12)
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        std = 0.02 * math.sqrt(768 / D)  # BERT's .02 is for width 768; this keeps each layer's gain, or narrow ones sit on a long plateau
+        std = (
+            0.02 * math.sqrt(768 / D)
+        )  # BERT's .02 is for width 768; this keeps each layer's gain, or narrow ones sit on a long plateau
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -189,17 +226,23 @@ class QFormer(nn.Module):
         nn.init.normal_(self.queries, std=std)
         # The CF vector has to be heard: of the soft tokens' first variance it is under 1 % with BERT's small weights, 30 % with these.
         nn.init.normal_(self.cf_keys.linear.weight, std=config.cf_dim**-0.5)
-        for cross in (layer.cross_attention for layer in self.layers if layer.cross_attention is not None):
+        for cross in (
+            layer.cross_attention for layer in self.layers if layer.cross_attention is not None
+        ):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
             nn.init.normal_(cross.out.weight, std=D**-0.5)
-        if config.history:  # the history says nothing at first, and learns what the vector leaves out
+        if (
+            config.history
+        ):  # the history says nothing at first, and learns what the vector leaves out
             nn.init.normal_(self.history_keys.linear.weight, std=config.cf_dim**-0.5)
             nn.init.normal_(self.history_keys.places, std=1.0)
             for layer in self.layers:
                 nn.init.normal_(layer.history_attention.value.weight, std=D**-0.5)
                 nn.init.zeros_(layer.history_attention.out.weight)
 
-    def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint", keep=None, pair=None):
+    def forward(
+        self, cf=None, text_ids=None, text_mask=None, pattern="joint", keep=None, pair=None
+    ):
         """cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states (B, T, D); None for what was not given.
 
         Two ways to compute less, with the same results (dropout apart). keep: how many leading states the caller will use; the last
@@ -211,18 +254,32 @@ class QFormer(nn.Module):
             parts.append(self.queries.expand(len(cf if pair is None else text_ids), -1, -1))
         if text_ids is not None:
             T = text_ids.shape[1]
-            parts.append(self.words(text_ids) + self.positions(torch.arange(T, device=text_ids.device)))
+            parts.append(
+                self.words(text_ids) + self.positions(torch.arange(T, device=text_ids.device))
+            )
             mask = attention_pattern(pattern, num_queries, text_mask)
-        x = F.dropout(self.norm(torch.cat(parts, 1)), self.config.dropout, self.training)   # (B, Q+T, D)
+        x = F.dropout(
+            self.norm(torch.cat(parts, 1)), self.config.dropout, self.training
+        )  # (B, Q+T, D)
         history, E = None, self.config.cf_dim
         if self.config.history and cf is not None and cf.shape[1] > E:
             cf, history = cf[:, :E], self.history_keys(cf[:, E:])
-        cf_keys = None if cf is None else self.cf_keys(cf)                                  # (B, M, D)
+        cf_keys = None if cf is None else self.cf_keys(cf)  # (B, M, D)
         for layer in self.layers:
-            x = layer(x, num_queries, cf_keys, mask, keep if layer is self.layers[-1] else None, pair, history)
+            x = layer(
+                x,
+                num_queries,
+                cf_keys,
+                mask,
+                keep if layer is self.layers[-1] else None,
+                pair,
+                history,
+            )
             if pair is not None:
                 mask, pair = mask[pair], None
-        return (x[:, :num_queries] if num_queries else None), (x[:, num_queries:] if text_ids is not None else None)
+        return (x[:, :num_queries] if num_queries else None), (
+            x[:, num_queries:] if text_ids is not None else None
+        )
 
     def encode(self, cf):
         """CF vectors of items or users (B, E) -> Q soft tokens each (B, Q, D). This is all that stage 2 uses."""
@@ -230,25 +287,41 @@ class QFormer(nn.Module):
 
     def freeze_all_but_encode(self):
         """Stage 2 reads CF vectors alone: what encode() does not touch (text branch, heads, temperature) is frozen."""
-        used = ("queries", "cf_keys", "history_keys", "norm", "self_attention", "cross_attention", "history_attention", "query_ffn")
+        used = (
+            "queries",
+            "cf_keys",
+            "history_keys",
+            "norm",
+            "self_attention",
+            "cross_attention",
+            "history_attention",
+            "query_ffn",
+        )
         for name, parameter in self.named_parameters():
             parts = name.split(".")
             parameter.requires_grad_(parts[0] in used or parts[0] == "layers" and parts[2] in used)
 
     def query_features(self, query_states):
-        return F.normalize(self.query_proj(query_states), dim=-1)                           # (B, Q, P)
+        return F.normalize(self.query_proj(query_states), dim=-1)  # (B, Q, P)
 
     def text_features(self, text_ids, text_mask):
         """The [CLS] states of texts that know no queries ("separate"), projected: (B, P)."""
-        return F.normalize(self.text_proj(self(None, text_ids, text_mask, "separate", keep=1)[1][:, 0]), dim=-1)
+        return F.normalize(
+            self.text_proj(self(None, text_ids, text_mask, "separate", keep=1)[1][:, 0]), dim=-1
+        )
 
     def match_logits(self, cf, text_ids, text_mask, pair=None):
         """Does text pair[n] (None: text n) belong to item n? (N, 2): the mean over queries of a linear head. "joint" pattern."""
-        return self.itm_head(self(cf, text_ids, text_mask, "joint", keep=self.config.num_queries, pair=pair)[0]).mean(1)
+        return self.itm_head(
+            self(cf, text_ids, text_mask, "joint", keep=self.config.num_queries, pair=pair)[0]
+        ).mean(1)
 
     def lm_logits(self, text_states):
         """States (..., D) -> next-token logits (..., V); the output table is the input table, as in BERT."""
-        return self.lm_norm(F.gelu(self.lm_transform(text_states))) @ self.words.weight.T + self.lm_bias
+        return (
+            self.lm_norm(F.gelu(self.lm_transform(text_states))) @ self.words.weight.T
+            + self.lm_bias
+        )
 
     def scale(self):
         """1 / temperature, the learned temperature kept in a sane range. At the start 1 / .07."""
@@ -257,13 +330,18 @@ class QFormer(nn.Module):
 
 # ---- The baseline in its place -----------------------------------------------------------------------------------------
 
+
 class MLPEncoder(nn.Module):
     """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, Q * hidden); no text ever shaped it. (N, E) -> (N, Q, hidden)."""
 
     def __init__(self, cf_dim, num_queries, hidden, history=0):
         super().__init__()
-        E = cf_dim * (1 + history)  # what it reads: a vector, and for users those of the last items behind it
-        self.net = nn.Sequential(nn.Linear(E, 10 * E), nn.ReLU(), nn.Linear(10 * E, num_queries * hidden))
+        E = cf_dim * (
+            1 + history
+        )  # what it reads: a vector, and for users those of the last items behind it
+        self.net = nn.Sequential(
+            nn.Linear(E, 10 * E), nn.ReLU(), nn.Linear(10 * E, num_queries * hidden)
+        )
         self.num_queries, self.width, self.history = num_queries, hidden, history
 
     def encode(self, cf):
@@ -280,7 +358,9 @@ class Adapter(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(width, hidden) for _ in range(num_queries))
 
     def forward(self, states):
-        return torch.stack([to_llm(x) for to_llm, x in zip(self.maps, self.whitening(states).unbind(1))], 1)
+        return torch.stack(
+            [to_llm(x) for to_llm, x in zip(self.maps, self.whitening(states).unbind(1))], 1
+        )
 
     @torch.no_grad()
     def whiten_(self, states):
@@ -291,11 +371,14 @@ class Adapter(nn.Module):
         the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays small."""
         mean = states.mean(0)
         variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-        self.whitening.weight.copy_(directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T)
+        self.whitening.weight.copy_(
+            directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T
+        )
         self.whitening.bias.copy_(-self.whitening.weight @ mean)
 
 
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------
+
 
 def item_text_similarity(query_features, text_features):
     """(B, Q, P), (B, P) -> (B, B): item i against text j, the best of its Q queries. In [-1, 1]."""
@@ -324,7 +407,9 @@ def itc_loss(similarity, scale, same, label_smoothing=0.1):
     (B, B) similarities -> scalar: mean over both directions of -log softmax(similarity / temperature)[i, i], with label smoothing; texts
     that are the same are no negatives. About ln B at the start."""
     logits = similarity * scale
-    return (contrastive(logits, same, label_smoothing) + contrastive(logits.T, same.T, label_smoothing)) / 2
+    return (
+        contrastive(logits, same, label_smoothing) + contrastive(logits.T, same.T, label_smoothing)
+    ) / 2
 
 
 def hard_negatives(logits, same, generator=None):
@@ -371,10 +456,13 @@ def ii_loss(similarity, scale, same):
     return (contrastive(logits, same) + contrastive(logits.T, same.T)) / 2
 
 
-ui_loss = ii_loss  # user-item contrastive, the same function: row i is a user, column i an item of theirs
+ui_loss = (
+    ii_loss  # user-item contrastive, the same function: row i is a user, column i an item of theirs
+)
 
 
 # ---- The losses of a batch, of which each process computes its own rows ------------------------------------------------
+
 
 class Gather(torch.autograd.Function):
     """The rows of this process -> the rows of all, (B/N, ...) -> (B, ...). Backward: what all of them want changed in ours, summed."""
@@ -401,20 +489,30 @@ def item_text_losses(model, cf, ids, mask, same, dec, generator=None, rows=slice
     """The three BLIP-2 losses in three passes. cf (B, E), ids and mask (B, T), same (B, B) -> dict of scalars.
 
     rows: those that this process computes (all, if it is alone); the contrastive features of the others are gathered."""
-    dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)  # position 0 is [CLS] to compare or match, [DEC] to write
+    dec_ids = torch.cat(
+        [torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1
+    )  # position 0 is [CLS] to compare or match, [DEC] to write
     # Queries never see the text in the causal pattern, so that one pass serves both ITG and the queries' side of ITC.
     queries, written = model(cf[rows], dec_ids[rows], mask[rows], "causal")
-    features = gather(model.query_features(queries), len(cf)), gather(model.text_features(ids[rows], mask[rows]), len(cf))
-    similarity = item_text_similarity(*features)                                            # (B, B), by every process
+    features = (
+        gather(model.query_features(queries), len(cf)),
+        gather(model.text_features(ids[rows], mask[rows]), len(cf)),
+    )
+    similarity = item_text_similarity(*features)  # (B, B), by every process
     wrong_text, wrong_item = hard_negatives(similarity * model.scale(), same, generator)
     own = torch.arange(len(cf), device=cf.device)[rows]
-    item, text = torch.cat([own, own, wrong_item[rows]]), torch.cat([own, wrong_text[rows], own])   # 3B pairs, the first B are real
+    item, text = (
+        torch.cat([own, own, wrong_item[rows]]),
+        torch.cat([own, wrong_text[rows], own]),
+    )  # 3B pairs, the first B are real
     labels = ((item == text) | same[item, text]).long()
-    written, targets = next_tokens(written, ids[rows], mask[rows])                          # no logits for padding
-    share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()                           # 1 for a single process
-    return {"itc": itc_loss(similarity, model.scale(), same),
-            "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
-            "itg": itg_loss(model.lm_logits(written), targets) * share}
+    written, targets = next_tokens(written, ids[rows], mask[rows])  # no logits for padding
+    share = len(cf) / len(own) * len(targets) / mask[:, 1:].sum()  # 1 for a single process
+    return {
+        "itc": itc_loss(similarity, model.scale(), same),
+        "itm": itm_loss(model.match_logits(cf[item], ids, mask, pair=text), labels),
+        "itg": itg_loss(model.lm_logits(written), targets) * share,
+    }
 
 
 def pair_loss(model, left_cf, right_cf, left_key, right_key, rows=slice(None)):
@@ -423,8 +521,14 @@ def pair_loss(model, left_cf, right_cf, left_key, right_key, rows=slice(None)):
 
     -> scalar, share of the left sides whose own partner is the most similar (chance 1 / B)."""
     keys = [(left_key, left_key), (right_key, right_key), (left_key, right_key)]
-    same = sum(a[:, None] == b[None] for a, b in keys).bool().fill_diagonal_(False).to(left_cf.device)
-    features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(2)
+    same = (
+        sum(a[:, None] == b[None] for a, b in keys).bool().fill_diagonal_(False).to(left_cf.device)
+    )
+    features = model.query_features(model.encode(torch.cat([left_cf[rows], right_cf[rows]]))).chunk(
+        2
+    )
     similarity = pair_similarity(*(gather(x, len(same)) for x in features))
-    hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(len(same), device=same.device)
+    hit = similarity.detach().masked_fill(same, -2).argmax(1) == torch.arange(
+        len(same), device=same.device
+    )
     return ii_loss(similarity, model.scale(), same), hit.float().mean()

@@ -15,6 +15,7 @@ LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at 
     straightforward   a user alone: up to 20 of their training items are targets of one prompt
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
 The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
+
 import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,19 +27,46 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from assets.cf import last_items
 from assets.guard import InputError, Parser, reading, within
-from assets.run import (RunDirectory, check_fingerprint, check_step, distribute, fingerprint, from_pretrained, load_weights, own_rows,
-                        precision, process, progress, read_config, run_training, say, start_processes, sum_over_processes)
-from data import HISTORY, RANKING_TASKS, last_items, load_dataset, load_prompts, ranking_templates
+from assets.run import (
+    RunDirectory,
+    check_fingerprint,
+    check_step,
+    distribute,
+    fingerprint,
+    from_pretrained,
+    load_weights,
+    own_rows,
+    precision,
+    process,
+    progress,
+    read_config,
+    run_training,
+    say,
+    start_processes,
+    sum_over_processes,
+)
+from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
 from ilm import PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
 from qformer import QFormer, QFormerConfig
-from train_stage1 import (LOCAL_ARGS, Texts, add_qformer_args, add_training_args, clip_and_step, make_optimizer, print_parameters,
-                          set_learning_rate, share_of)
+from train_stage1 import (
+    LOCAL_ARGS,
+    Texts,
+    add_qformer_args,
+    add_training_args,
+    clip_and_step,
+    make_optimizer,
+    print_parameters,
+    set_learning_rate,
+    share_of,
+)
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
 
 # ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
+
 
 def pack(examples, num_items=0, Q=1):
     """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
@@ -62,7 +90,15 @@ def pack(examples, num_items=0, Q=1):
         common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
         shared.append(min(common, len(prompt) - 1))
     T = max(shared)
-    row = {"cf": cf, "ids": longest[:T], "position": list(range(T)), "branch": [0] * T, "attach": [0] * T, "label": [-100] * T, "node": [-1] * T}
+    row = {
+        "cf": cf,
+        "ids": longest[:T],
+        "position": list(range(T)),
+        "branch": [0] * T,
+        "attach": [0] * T,
+        "label": [-100] * T,
+        "node": [-1] * T,
+    }
     for number, ((_, target, *nodes), prompt, n) in enumerate(zip(examples, prompts, shared), 1):
         ids = prompt[n:] + target
         row["ids"] += ids[:-1]
@@ -77,11 +113,18 @@ def pack(examples, num_items=0, Q=1):
 def collate(rows, num_items=0, Q=1):
     """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels. "cf" is the list of
     all rows' vectors."""
-    longest, fill = max(len(row["ids"]) for row in rows), {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
-    arrays, cf, own = {key: np.full((len(rows), longest), pad) for key, pad in fill.items()}, [], SOFT_BASE + num_items * Q
+    longest, fill = (
+        max(len(row["ids"]) for row in rows),
+        {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1},
+    )
+    arrays, cf, own = (
+        {key: np.full((len(rows), longest), pad) for key, pad in fill.items()},
+        [],
+        SOFT_BASE + num_items * Q,
+    )
     for r, row in enumerate(rows):
         for key in fill:
-            arrays[key][r, :len(row[key])] = row[key]
+            arrays[key][r, : len(row[key])] = row[key]
         arrays["ids"][r][arrays["ids"][r] >= own] += len(cf) * Q
         cf += row["cf"]
     return {**{key: torch.from_numpy(x) for key, x in arrays.items()}, "cf": cf}
@@ -89,16 +132,27 @@ def collate(rows, num_items=0, Q=1):
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
 
+
 class Examples:
     """Turns users and text-task instances into (prompt ids, target ids), for training, validation and test alike."""
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
         self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
-        self.name = (lambda i: (model.name_ids[i],)) if model.config.get("full_vocabulary") else (lambda i: model.names_trie.paths[i])
-        self.tasks = {s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")}
-        self.users = np.array([u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2])
-        self.stranger = np.random.default_rng(0).permutation(len(dataset.users))  # whose vector a user gets where CF is shuffled
+        self.name = (
+            (lambda i: (model.name_ids[i],))
+            if model.config.get("full_vocabulary")
+            else (lambda i: model.names_trie.paths[i])
+        )
+        self.tasks = {
+            s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")
+        }
+        self.users = np.array(
+            [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
+        )
+        self.stranger = np.random.default_rng(0).permutation(
+            len(dataset.users)
+        )  # whose vector a user gets where CF is shuffled
 
     # -- vectors of users: none for the text-only baseline
 
@@ -115,7 +169,10 @@ class Examples:
         if self.model.shuffled:
             others = self.users[self.stranger[user] % len(self.users)]
             places, user = places % len(self.dataset.items_of(others, "train")), others
-        vectors, history = self.dataset.standard_users(self.dataset.training_users(user, places)), self.dataset.items_of(user, "train")
+        vectors, history = (
+            self.dataset.standard_users(self.dataset.training_users(user, places)),
+            self.dataset.items_of(user, "train"),
+        )
         return self.model.with_history(vectors, last_items(history, places, self.model.history))
 
     # -- examples
@@ -127,36 +184,61 @@ class Examples:
     def ranking_prompts(self, task, users, split, prompts):
         """What evaluation asks of users (B,): the template is the user's number modulo their count."""
         templates, cf = self.templates[task, prompts], self.users_at(users, split)
-        return [self.ranking(task, u, self.dataset.items_of(u, split), templates[int(u) % len(templates)], v) for u, v in zip(users, cf)]
+        return [
+            self.ranking(
+                task, u, self.dataset.items_of(u, split), templates[int(u) % len(templates)], v
+            )
+            for u, v in zip(users, cf)
+        ]
 
     def text(self, instance):
         prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False)
-        return prompt, self.model.target_ids(instance["target"])[:self.model.context - len(prompt)]
+        return prompt, self.model.target_ids(instance["target"])[: self.model.context - len(prompt)]
 
     def prefixes(self, user, window, cf, template):
         """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E). Soft tokens split a text, so that what stands
         before an item has the same tokens whatever follows: all are cut from the longest one, tokenised once."""
         longest, Q = self.ranking("sequential", user, window[:-1], template, cf[-1]), self.model.Q
-        last = [k + 1 for k, i in enumerate(longest) if i >= SOFT_BASE and (i - SOFT_BASE) % Q == Q - 1
-                and (i - SOFT_BASE) // Q < self.model.num_items]
+        last = [
+            k + 1
+            for k, i in enumerate(longest)
+            if i >= SOFT_BASE
+            and (i - SOFT_BASE) % Q == Q - 1
+            and (i - SOFT_BASE) // Q < self.model.num_items
+        ]
         if len(last) != len(window) - 1:  # no soft tokens, or a history that had to be shortened
-            return [self.ranking("sequential", user, window[:k], template, cf[k - 1]) for k in range(1, len(window))]
-        return [Prompt([*longest[:end], *longest[last[-1]:]], [v] if longest.cf else []) for end, v in zip(last, cf)]
+            return [
+                self.ranking("sequential", user, window[:k], template, cf[k - 1])
+                for k in range(1, len(window))
+            ]
+        return [
+            Prompt([*longest[:end], *longest[last[-1] :]], [v] if longest.cf else [])
+            for end, v in zip(last, cf)
+        ]
 
     def sequential_row(self, user, template, rng):
         """A random window of HISTORY + 1 training items; each but the first is the target of the window before it."""
         s = self.dataset.items_of(user, "train")
         start = int(rng.integers(max(1, len(s) - HISTORY)))
-        window = s[start:start + HISTORY + 1]
+        window = s[start : start + HISTORY + 1]
         cf = self.training_users(user, np.arange(start + 1, start + len(window)))
-        return self.pack([(p, *self.name(i)) for p, i in zip(self.prefixes(user, window, cf, template), window[1:])])
+        return self.pack(
+            [
+                (p, *self.name(i))
+                for p, i in zip(self.prefixes(user, window, cf, template), window[1:])
+            ]
+        )
 
     def straightforward_row(self, user, template, rng):
         """Up to HISTORY of the user's training items, each asked for at its own moment."""
         s = self.dataset.items_of(user, "train")
         places = 1 + rng.permutation(len(s) - 1)[:HISTORY]
-        prompt = self.ranking("straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1]))
-        prompts = [Prompt(prompt, [v] if prompt.cf else []) for v in self.training_users(user, places)]
+        prompt = self.ranking(
+            "straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1])
+        )
+        prompts = [
+            Prompt(prompt, [v] if prompt.cf else []) for v in self.training_users(user, places)
+        ]
         return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)])
 
     def pack(self, examples):
@@ -172,11 +254,18 @@ class Examples:
         seeds, rows = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":
             pool = self.tasks["train"]
-            return self.collate([self.pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]])  # a random number, as good as an index
+            return self.collate(
+                [self.pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]]
+            )  # a random number, as good as an index
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template = templates[rng.integers(len(templates))]
-        return self.collate([row(u, template, np.random.default_rng(seed)) for u, seed in zip(users[rows], seeds[rows])])
+        return self.collate(
+            [
+                row(u, template, np.random.default_rng(seed))
+                for u, seed in zip(users[rows], seeds[rows])
+            ]
+        )
 
     def held_out(self, split, limit, size):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users."""
@@ -188,10 +277,16 @@ class Examples:
             targets = [self.name(self.dataset.target(u, split)) for u in users]
             out[task] = [self.pack([(prompt, *target)]) for prompt, target in zip(prompts, targets)]
         pool = self.tasks[split]
-        out["text"] = [self.pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[:2 * limit]]
+        out["text"] = [
+            self.pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[: 2 * limit]
+        ]
         for rows in out.values():
             rows.sort(key=lambda row: len(row["ids"]))
-        return {kind: [self.collate(rows[k:k + size]) for k in range(0, len(rows), size)] for kind, rows in out.items() if rows}
+        return {
+            kind: [self.collate(rows[k : k + size]) for k in range(0, len(rows), size)]
+            for kind, rows in out.items()
+            if rows
+        }
 
 
 @torch.no_grad()
@@ -204,7 +299,10 @@ def held_out_losses(model, held_out):
         for batch in batches[rank::world]:  # every user is validated once, by one process
             with model.autocast():
                 value, nll = model(batch)
-            total, count = total + value.double(), count + (len(nll) if kind == "text" else len(batch["ids"]))
+            total, count = (
+                total + value.double(),
+                count + (len(nll) if kind == "text" else len(batch["ids"])),
+            )
         total, count = sum_over_processes(float(total), count)
         losses[kind] = total / count
     model.train()
@@ -213,13 +311,18 @@ def held_out_losses(model, held_out):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 def load_stage1(run, dataset, device):
     """A trained Q-Former, its texts and its config from a run directory."""
     check_fingerprint(config := read_config(run, "stage1"), dataset, run)
     with reading(Path(run) / "config.json", "train stage 1 again"):
         model = QFormer(QFormerConfig(**config["qformer"]))
     load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
-    texts = Texts(dataset, from_pretrained(AutoTokenizer, str(Path(run) / "tokenizer"), "--stage1"), config["qformer"]["max_text"])
+    texts = Texts(
+        dataset,
+        from_pretrained(AutoTokenizer, str(Path(run) / "tokenizer"), "--stage1"),
+        config["qformer"]["max_text"],
+    )
     return model.to(device).eval(), texts, config
 
 
@@ -227,25 +330,96 @@ def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     add_training_args(p, "ilm", steps=200, batch_size=16, lr=2e-3)
     add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
-    p.add_argument("--history", type=within(int, 0, 200), default=20, help="W, items of a user's history that the encoder reads beside their vector [20]")
-    p.add_argument("--accumulate", type=within(int, 1), default=2, help="micro-batches a step, each of one kind; a mean over tokens [2]")
+    p.add_argument(
+        "--history",
+        type=within(int, 0, 200),
+        default=20,
+        help="W, items of a user's history that the encoder reads beside their vector [20]",
+    )
+    p.add_argument(
+        "--accumulate",
+        type=within(int, 1),
+        default=2,
+        help="micro-batches a step, each of one kind; a mean over tokens [2]",
+    )
     p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
-    p.add_argument("--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]")
-    p.add_argument("--llm", default="assets/toy_llm", help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]")
-    p.add_argument("--train-llm", action=argparse.BooleanOptionalAction, default=False, help="train the LLM as well [no: it is frozen]")
-    p.add_argument("--item-names", default="title", metavar="title|random|FILE",
-                   help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]")
-    p.add_argument("--name-tokens", type=within(int, 0), default=0, help="cut names to so many tokens, keeping them unique [0: whole]")
-    p.add_argument("--prompt-items", default="names+tokens", choices=["names+tokens", "tokens"], help="histories of the soft methods")
-    p.add_argument("--prompts", metavar="FILE", help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]")
-    p.add_argument("--full-vocabulary", action=argparse.BooleanOptionalAction, default=False, help="names compete with all tokens [no]")
-    p.add_argument("--prior", default="popularity", choices=PRIORS, help="what stands in the trie for the LLM's opinion of names [popularity]")
-    p.add_argument("--temperature", default="learned", choices=["learned", "fixed"], help="how loud the LLM is there; fixed: 1 [learned]")
-    p.add_argument("--shuffle-cf", action="store_true", help="a control: train on the CF vectors of other items and users")
-    p.add_argument("--valid-users", type=within(int, 1), default=128, help="users of each validation [128]")
-    p.add_argument("--text-fraction", type=within(float, 1e-6, 1), default=1.0, help="share of training items with text tasks [1]")
-    p.add_argument("--mix", type=within(float, 0), nargs=3, default=[0.3, 0.5, 0.2], metavar=("SEQ", "STR", "TEXT"),
-                   help="share of batches of each kind (not of target tokens, over which a step's loss is the mean) [.3 .5 .2]")
+    p.add_argument(
+        "--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]"
+    )
+    p.add_argument(
+        "--llm",
+        default="assets/toy_llm",
+        help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]",
+    )
+    p.add_argument(
+        "--train-llm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train the LLM as well [no: it is frozen]",
+    )
+    p.add_argument(
+        "--item-names",
+        default="title",
+        metavar="title|random|FILE",
+        help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]",
+    )
+    p.add_argument(
+        "--name-tokens",
+        type=within(int, 0),
+        default=0,
+        help="cut names to so many tokens, keeping them unique [0: whole]",
+    )
+    p.add_argument(
+        "--prompt-items",
+        default="names+tokens",
+        choices=["names+tokens", "tokens"],
+        help="histories of the soft methods",
+    )
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]",
+    )
+    p.add_argument(
+        "--full-vocabulary",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="names compete with all tokens [no]",
+    )
+    p.add_argument(
+        "--prior",
+        default="popularity",
+        choices=PRIORS,
+        help="what stands in the trie for the LLM's opinion of names [popularity]",
+    )
+    p.add_argument(
+        "--temperature",
+        default="learned",
+        choices=["learned", "fixed"],
+        help="how loud the LLM is there; fixed: 1 [learned]",
+    )
+    p.add_argument(
+        "--shuffle-cf",
+        action="store_true",
+        help="a control: train on the CF vectors of other items and users",
+    )
+    p.add_argument(
+        "--valid-users", type=within(int, 1), default=128, help="users of each validation [128]"
+    )
+    p.add_argument(
+        "--text-fraction",
+        type=within(float, 1e-6, 1),
+        default=1.0,
+        help="share of training items with text tasks [1]",
+    )
+    p.add_argument(
+        "--mix",
+        type=within(float, 0),
+        nargs=3,
+        default=[0.3, 0.5, 0.2],
+        metavar=("SEQ", "STR", "TEXT"),
+        help="share of batches of each kind (not of target tokens, over which a step's loss is the mean) [.3 .5 .2]",
+    )
     args = p.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
     args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
@@ -257,21 +431,37 @@ def parse_args(argv=None):
 
 def make_config(args, dataset):
     """What a run is, as written to config.json: enough to build the model again. Returns it and the stage-1 Q-Former, if any."""
-    qformer, shape = None, {"num_queries": args.num_queries, "layers": args.layers, "width": args.width}
+    qformer, shape = (
+        None,
+        {"num_queries": args.num_queries, "layers": args.layers, "width": args.width},
+    )
     if args.method == "ilm":
         qformer, _, stage1 = load_stage1(args.stage1, dataset, torch.device("cpu"))
         for name, value in shape.items():
             if value not in (None, stage1["qformer"][name]):
-                raise InputError(f"--{name.replace('_', '-')} {value}: the stage-1 run {args.stage1} has {stage1['qformer'][name]}; "
-                                 "leave it out, or train stage 1 again")
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: the stage-1 run {args.stage1} has {stage1['qformer'][name]}; "
+                    "leave it out, or train stage 1 again"
+                )
         qformer_config = stage1["qformer"]
     else:
         given = {k: v for k, v in shape.items() if v is not None}
-        qformer_config = asdict(QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given))
-    qformer_config = qformer_config | {"dropout": 0.0, "history": args.history}  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
+        qformer_config = asdict(
+            QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given)
+        )
+    qformer_config = qformer_config | {
+        "dropout": 0.0,
+        "history": args.history,
+    }  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
     given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
-    return {**given, "kind": "stage2", "stage1": args.stage1 if args.method == "ilm" else None, "qformer": qformer_config,
-            "num_queries": qformer_config["num_queries"], "fingerprint": fingerprint(dataset)}, qformer
+    return {
+        **given,
+        "kind": "stage2",
+        "stage1": args.stage1 if args.method == "ilm" else None,
+        "qformer": qformer_config,
+        "num_queries": qformer_config["num_queries"],
+        "fingerprint": fingerprint(dataset),
+    }, qformer
 
 
 def main():
@@ -283,10 +473,14 @@ def main():
     model = build_ilm(config, dataset, device)
     if qformer is not None:
         weights = model.encoder.state_dict()  # stage 1 has no history keys
-        model.encoder.load_state_dict({name: qformer.state_dict().get(name, x) for name, x in weights.items()})
+        model.encoder.load_state_dict(
+            {name: qformer.state_dict().get(name, x) for name, x in weights.items()}
+        )
         model.match_scale()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    say(f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}")
+    say(
+        f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}"
+    )
     print_parameters(model)
     run = RunDirectory(args, config)
     examples = Examples(model, dataset)
@@ -298,15 +492,24 @@ def main():
     if not shares.sum():
         raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
     held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
-    held_out = {kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]}  # what is trained chooses the checkpoint
+    held_out = {
+        kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]
+    }  # what is trained chooses the checkpoint
     if shares[:2].any() and not len(examples.users):
-        raise InputError(f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions")
+        raise InputError(
+            f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions"
+        )
     if not held_out:
-        raise InputError(f"{args.data}: no text task of a validation item to choose a checkpoint by; --mix needs more than texts")
+        raise InputError(
+            f"{args.data}: no text task of a validation item to choose a checkpoint by; --mix needs more than texts"
+        )
     if not trainable:
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
         args.steps = 0
-    parameters, optimizer = model.saved_parameters(), make_optimizer(model, args.lr) if trainable else torch.optim.AdamW([torch.zeros(1)])
+    parameters, optimizer = (
+        model.saved_parameters(),
+        make_optimizer(model, args.lr) if trainable else torch.optim.AdamW([torch.zeros(1)]),
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(parameters, optimizer, scaler)
     eval_every = args.eval_every or max(1, args.steps // 6)
@@ -329,9 +532,19 @@ def main():
         # -- evaluate and save
         if step % eval_every == 0 or step == args.steps:
             valid = held_out_losses(model, held_out)
-            run.save(step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets)
-            run.log(step=step, **{f"valid_{k}": v for k, v in valid.items()}, seconds=time.time() - began)
-            say(f"step {step:5}  " + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items()) + f"  {time.time() - began:.0f} s")
+            run.save(
+                step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets
+            )
+            run.log(
+                step=step,
+                **{f"valid_{k}": v for k, v in valid.items()},
+                seconds=time.time() - began,
+            )
+            say(
+                f"step {step:5}  "
+                + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items())
+                + f"  {time.time() - began:.0f} s"
+            )
         if step == args.steps:
             break
         run.stop_if_asked(step, parameters, optimizer, scaler, None, seen_targets)
@@ -339,7 +552,7 @@ def main():
         seed, drawn, batches = following.result()
         following = ahead.submit(draw, step + 1) if step + 1 < args.steps else None
         torch.manual_seed(seed + rank)
-        targets, = sum_over_processes(sum(len(batch["target"]) for batch in batches))
+        (targets,) = sum_over_processes(sum(len(batch["target"]) for batch in batches))
         losses = {}
         for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
             with nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
@@ -355,9 +568,19 @@ def main():
         # -- log (with several processes: the first one's rows)
         if step % 20 == 0:
             losses = {k: v.item() for k, v in losses.items()}
-            run.log(step=step, **losses, grad_norm=norm, tau=model.tau.item(), targets=seen_targets, lr=rate, scale=scaler.get_scale())
+            run.log(
+                step=step,
+                **losses,
+                grad_norm=norm,
+                tau=model.tau.item(),
+                targets=seen_targets,
+                lr=rate,
+                scale=scaler.get_scale(),
+            )
     ahead.shutdown()
-    say(f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s")
+    say(
+        f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
 """Starting the Q-Former from BERT's weights, as BLIP-2 and the paper do (train_stage1.py --init-bert)."""
+
 import torch
 
-BERT_NAMES = (("bert.", ""), ("embeddings.word_embeddings", "words"), ("embeddings.position_embeddings", "positions"),
-              ("embeddings.LayerNorm", "norm"), ("encoder.layer", "layers"), ("attention.self", "self_attention"),
-              ("attention.output.dense", "self_attention.out"), ("attention.output.LayerNorm", "self_attention.norm"),
-              ("intermediate.dense", "text_ffn.up"), ("output.dense", "text_ffn.down"), ("output.LayerNorm", "text_ffn.norm"),
-              ("cls.predictions.transform.dense", "lm_transform"), ("cls.predictions.transform.LayerNorm", "lm_norm"),
-              ("cls.predictions.bias", "lm_bias"))
+BERT_NAMES = (
+    ("bert.", ""),
+    ("embeddings.word_embeddings", "words"),
+    ("embeddings.position_embeddings", "positions"),
+    ("embeddings.LayerNorm", "norm"),
+    ("encoder.layer", "layers"),
+    ("attention.self", "self_attention"),
+    ("attention.output.dense", "self_attention.out"),
+    ("attention.output.LayerNorm", "self_attention.norm"),
+    ("intermediate.dense", "text_ffn.up"),
+    ("output.dense", "text_ffn.down"),
+    ("output.LayerNorm", "text_ffn.norm"),
+    ("cls.predictions.transform.dense", "lm_transform"),
+    ("cls.predictions.transform.LayerNorm", "lm_norm"),
+    ("cls.predictions.bias", "lm_bias"),
+)
 
 
 @torch.no_grad()
@@ -21,15 +32,23 @@ def init_from_bert(model, state):
             name = name.replace(theirs, ours)
         renamed[name] = tensor
     kinds = renamed.get("embeddings.token_type_embeddings.weight")
-    if kinds is not None:  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
+    if (
+        kinds is not None
+    ):  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
         renamed["positions.weight"] = renamed["positions.weight"] + kinds[0]
     for name, parameter in model.named_parameters():
         source = renamed.get(name.replace("query_ffn", "text_ffn"))
         if source is None:
             continue
-        rows = min(len(source), len(parameter)) if name in ("words.weight", "positions.weight", "lm_bias") else len(parameter)
+        rows = (
+            min(len(source), len(parameter))
+            if name in ("words.weight", "positions.weight", "lm_bias")
+            else len(parameter)
+        )
         if source[:rows].shape != parameter[:rows].shape:
-            raise ValueError(f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; set --width")
+            raise ValueError(
+                f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; set --width"
+            )
         parameter[:rows] = source[:rows]
         loaded.append(name)
     return loaded, [name for name, _ in model.named_parameters() if name not in loaded]

@@ -1,6 +1,7 @@
 """Talking to an ILM in the terminal: a conversation in which items and users are mentioned, and ranked lists of recommendations.
 
 Everything the model reads goes through ILM.prompt_ids, as in training; this file only finds out who is meant and prints."""
+
 import difflib
 import re
 import sys
@@ -9,8 +10,9 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
+from assets.cf import last_items
 from assets.guard import CONTROL, InputError, printable
-from data import HISTORY, last_items, load_prompts
+from data import HISTORY, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -29,7 +31,9 @@ class Printer(TextStreamer):
         self.text = ""
 
     def on_finalized_text(self, text, stream_end=False):
-        text = "\n".join(CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n"))
+        text = "\n".join(
+            CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n")
+        )
         self.text += text
         print(text, end="\n" if stream_end else "", flush=True)
 
@@ -38,11 +42,17 @@ class Chat:
     def __init__(self, model):
         self.model, self.items, self.turns = model, model.dataset.items, []
         self.guests = []  # vectors of mixtures: {item:I+n} is guests[n]
-        self.memory = 9 if model.tokenizer.chat_template else 0  # training showed single questions: an LLM that never chatted gets confused
+        self.memory = (
+            9 if model.tokenizer.chat_template else 0
+        )  # training showed single questions: an LLM that never chatted gets confused
         ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
-        self.known = {kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()}
+        self.known = {
+            kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()
+        }
         lines = load_prompts(model.config.get("prompts"))
-        self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace("{dataset}", model.dataset.meta["name"])
+        self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace(
+            "{dataset}", model.dataset.meta["name"]
+        )
 
     # -- Who is meant
 
@@ -51,39 +61,60 @@ class Chat:
         name = name.strip()
         if name not in self.known[kind]:
             close = difflib.get_close_matches(name, self.known[kind], 3, 0.5)
-            raise InputError(f"no {kind} has the id {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+            raise InputError(
+                f"no {kind} has the id {name!r}"
+                + (f"; did you mean {', '.join(close)}?" if close else "")
+            )
         return self.known[kind][name]
 
     def titled(self, part):
         """The item whose title has `part` in it; if several have, or none, the candidates are told."""
         titles, part = [item["title"].lower() for item in self.items], part.strip().lower()
-        found = [i for i, title in enumerate(titles) if title == part] or [i for i, title in enumerate(titles) if part and part in title]
+        found = [i for i, title in enumerate(titles) if title == part] or [
+            i for i, title in enumerate(titles) if part and part in title
+        ]
         if len(found) == 1:
             return found[0]
-        near = found or [titles.index(title) for title in difflib.get_close_matches(part, titles, 5, 0.3)]
+        near = found or [
+            titles.index(title) for title in difflib.get_close_matches(part, titles, 5, 0.3)
+        ]
         names = ", ".join(f"[{self.items[i]['title']}]" for i in near[:5])
-        raise InputError(f"{len(found) or 'no'} titles have {part!r} in them" + (f"; did you mean {names}?" if near else ""))
+        raise InputError(
+            f"{len(found) or 'no'} titles have {part!r} in them"
+            + (f"; did you mean {names}?" if near else "")
+        )
 
     def mixture(self, terms):
         """ID*0.5+item:ID*0.5 -> an entity between its items, one that does not exist (ELM's interpolation), or None if it is no mixture."""
         parts = [re.fullmatch(r"(.+)\*(-?\d*\.?\d+)", term) for term in terms.split("+item:")]
         if not all(parts):
             return None
-        self.guests.append(sum(float(p[2]) * self.model.cf[self.number("item", p[1])].cpu() for p in parts))
+        self.guests.append(
+            sum(float(p[2]) * self.model.cf[self.number("item", p[1])].cpu() for p in parts)
+        )
         return len(self.items) + len(self.guests) - 1
 
     def resolve(self, text):
         """Mentions by id or title -> the indices that ILM.prompt_ids understands."""
+
         def mention(match):
             kind, name = match[1] or "item", match[2]
             if kind == "history":
-                return "{history:" + ",".join(str(self.number("item", x)) for x in name.split(",")) + "}"
+                return (
+                    "{history:"
+                    + ",".join(str(self.number("item", x)) for x in name.split(","))
+                    + "}"
+                )
             if match[1] is None:
                 return f"{{item:{self.titled(match[3])}}}"
-            entity = self.mixture(name) if kind == "item" and name not in self.known["item"] else None
+            entity = (
+                self.mixture(name) if kind == "item" and name not in self.known["item"] else None
+            )
             return f"{{{kind}:{self.number(kind, name) if entity is None else entity}}}"
 
-        text = CONTROL.sub(" ", text)  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
+        text = CONTROL.sub(
+            " ", text
+        )  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
         if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
             raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
         return re.sub(r"\{(item|user|history):([^{}]+)\}|\[([^][]+)\]", mention, text)
@@ -95,12 +126,17 @@ class Chat:
         text = self.resolve(line)
         if re.search(r"\brecommend\b", line, re.I) and re.search(r"\{(user|item|history):", text):
             return self.recommend(text, text)
-        printer, named = Printer(self.model.tokenizer), self.model.encoder is None  # items unnamed, as in the text tasks of training
-        before = self.turns[max(0, len(self.turns) - 2 * self.memory):]
+        printer, named = (
+            Printer(self.model.tokenizer),
+            self.model.encoder is None,
+        )  # items unnamed, as in the text tasks of training
+        before = self.turns[max(0, len(self.turns) - 2 * self.memory) :]
         prompt = self.model.prompt_ids([*before, text], named=named, guests=self.guests)
         try:
             with self.model.autocast():
-                self.model.generate([prompt], min(128, self.model.context - len(prompt)), streamer=printer)
+                self.model.generate(
+                    [prompt], min(128, self.model.context - len(prompt)), streamer=printer
+                )
         except KeyboardInterrupt:
             print(" (stopped)")
         self.turns += [text, printer.text.strip().translate({ord("{"): "(", ord("}"): ")"})]
@@ -108,19 +144,29 @@ class Chat:
     def recommend(self, text, template=None):
         """Print the ten best items for the user in `text`, or for a new one, folded in from the items in it. What they had is left out."""
         users = [int(u) for u in re.findall(r"\{user:(\d+)\}", text)]
-        history = [int(i) for group in re.findall(r"\{(?:item|history):([\d,]+)\}", text) for i in group.split(",")]
+        history = [
+            int(i)
+            for group in re.findall(r"\{(?:item|history):([\d,]+)\}", text)
+            for i in group.split(",")
+        ]
         history = [i for i in history if i < len(self.items)]
         if not users and not history:
-            raise InputError("for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)")
+            raise InputError(
+                "for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)"
+            )
         had = [*(int(i) for u in users[:1] for i in self.model.dataset.items_of(u)), *history]
         user, cf = users[0] if users else None, None
         if user is None:  # somebody new, who is what they liked
             dataset = self.model.dataset
             cf = dataset.standard_users(dataset.solver.of_histories([history]))
-            cf = self.model.with_history(cf, last_items(history, [len(history)], self.model.history))[0]
+            cf = self.model.with_history(
+                cf, last_items(history, [len(history)], self.model.history)
+            )[0]
         with torch.no_grad():
-            prompt = self.model.prompt_ids(template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests)
-            found, = self.model.recommend([prompt], [had])
+            prompt = self.model.prompt_ids(
+                template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests
+            )
+            (found,) = self.model.recommend([prompt], [had])
         for place, (item, log_p) in enumerate(found, 1):
             print(f"{place:3}  {log_p:7.2f}  {self.name(item)}")
 
@@ -131,16 +177,32 @@ class Chat:
 
     def list(self, start):
         start = int(start) if start.isdigit() else 1
-        print("\n".join(map(self.name, range(len(self.items))[max(0, start - 1):][:20])) or f"there are {len(self.items)} items")
+        print(
+            "\n".join(map(self.name, range(len(self.items))[max(0, start - 1) :][:20]))
+            or f"there are {len(self.items)} items"
+        )
 
     def search(self, words):
-        texts, words = [f"{item['title']} {item['text']}".lower() for item in self.items], words.lower().split()
+        texts, words = (
+            [f"{item['title']} {item['text']}".lower() for item in self.items],
+            words.lower().split(),
+        )
         found = [i for i, text in enumerate(texts) if all(word in text for word in words)]
         print("\n".join(map(self.name, found[:20])) + f"\n{len(found)} items" * (len(found) != 1))
 
     def show(self, mention):
-        mention = f"{{item:{mention}}}" if mention in self.known["item"] else mention if mention[:1] in ("{", "[") else f"[{mention}]"
-        items = [int(i) for i in re.findall(r"\{item:(\d+)\}", self.resolve(mention)) if int(i) < len(self.items)]
+        mention = (
+            f"{{item:{mention}}}"
+            if mention in self.known["item"]
+            else mention
+            if mention[:1] in ("{", "[")
+            else f"[{mention}]"
+        )
+        items = [
+            int(i)
+            for i in re.findall(r"\{item:(\d+)\}", self.resolve(mention))
+            if int(i) < len(self.items)
+        ]
         if not items:
             raise InputError("show what? Give an id, a part of a title, or {item:ID}")
         for item in items:
@@ -156,9 +218,15 @@ class Chat:
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return True
-        actions = {"/help": lambda: print(HELP), "/list": lambda: self.list(rest), "/search": lambda: self.search(rest),
-                   "/show": lambda: self.show(rest), "/recommend": lambda: self.recommend(self.resolve(rest)),
-                   "/remember": lambda: self.remember(rest), "/new": self.turns.clear}
+        actions = {
+            "/help": lambda: print(HELP),
+            "/list": lambda: self.list(rest),
+            "/search": lambda: self.search(rest),
+            "/show": lambda: self.show(rest),
+            "/recommend": lambda: self.recommend(self.resolve(rest)),
+            "/remember": lambda: self.remember(rest),
+            "/new": self.turns.clear,
+        }
         if line.startswith("/") and name not in actions:
             raise InputError(f"{name}: no such command; /help lists them")
         actions.get(name, lambda: self.answer(line))()

@@ -2,13 +2,15 @@
 
 MF scores an item by the dot product of its vector and the user's at the moment before the validation item. Settings within one standard
 error of the best count as equal, and the smallest E among them wins: encoders and LLM have to read every number."""
+
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from data import CFSettings, UserSolver, train_cf, training_moments, training_part
+from assets.cf import CFSettings, UserSolver, train_cf
+from data import training_moments, training_part
 
 RECENCIES = (1.0, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5, 0.35)
 WIDTHS = (24, 64, 128)
@@ -20,7 +22,9 @@ def ndcg_at_10(scores, targets, histories):
     """NDCG@10 of each user (B,). Items of the history are taken out, the target never; ties count against it."""
     own = scores.gather(1, targets[:, None])
     rows = torch.repeat_interleave(torch.tensor([len(h) for h in histories], dtype=torch.long))
-    columns = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64))
+    columns = torch.from_numpy(
+        np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64)
+    )
     scores[rows, columns] = -torch.inf
     rank = 1 + (scores >= own).sum(1) - (scores.gather(1, targets[:, None]) >= own)[:, 0].long()
     return torch.where(rank <= 10, 1 / torch.log2(rank + 1.0), torch.zeros(()))
@@ -39,7 +43,9 @@ def some_users(users, items, limit, seed):
 
 def candidates(args, num_items):
     """All settings to try; what a flag fixes has one value."""
-    fitting = tuple(width for width in WIDTHS if width <= num_items // 2) or WIDTHS[:1]  # of 120 items none needs 64
+    fitting = (
+        tuple(width for width in WIDTHS if width <= num_items // 2) or WIDTHS[:1]
+    )  # of 120 items none needs 64
     widths = (args.cf_dim,) if args.cf_dim else fitting
     ridges = ((args.reg, args.a0 or 0.0),) if args.reg is not None else RIDGES
     recencies = (args.recency,) if args.recency else RECENCIES
@@ -59,22 +65,39 @@ def choose_cf(users, items, indptr, num_items, args, item_cf=None):
     first = CFSettings(widths[0], alphas[0], *ridges[0], recencies[0])
     if not len(people):
         return first, {}
-    histories = [items[indptr[u]:indptr[u + 1] - 2] for u in people]
+    histories = [items[indptr[u] : indptr[u + 1] - 2] for u in people]
     targets = torch.from_numpy(items[indptr[people + 1] - 2].astype(np.int64))
     some = some_users(users[train], items[train], MAX_INTERACTIONS, args.seed)
 
-    # Every setting's NDCG@10 of every user
+    # NDCG@10 of every user: all recencies with the first ridge, with the others the best one and its neighbours
     found, kept = {}, {}
     for width in widths:
+        best_place = None
         for reg, a0 in ridges:
             trained = CFSettings(width, alphas[0], reg, a0)
-            vectors = item_cf if item_cf is not None else train_cf(*some, len(indptr) - 1, num_items, trained, ITERATIONS, args.seed)
+            vectors = (
+                item_cf
+                if item_cf is not None
+                else train_cf(*some, len(indptr) - 1, num_items, trained, ITERATIONS, args.seed)
+            )
             kept[width, reg, a0] = vectors
-            for alpha in alphas:
-                for recency in recencies:
-                    settings = replace(trained, alpha=alpha, recency=recency)
-                    at = UserSolver(vectors, settings).of_histories(histories)
-                    found[settings] = ndcg_at_10(at @ vectors.T, targets, histories)
+            near = (
+                recencies
+                if best_place is None
+                else recencies[max(0, best_place - 1) : best_place + 2]
+            )
+            tried = [
+                replace(trained, alpha=alpha, recency=recency)
+                for alpha in alphas
+                for recency in near
+            ]
+            for settings in tried:
+                at = UserSolver(vectors, settings).of_histories(histories)
+                found[settings] = ndcg_at_10(at @ vectors.T, targets, histories)
+            if best_place is None:
+                best_place = recencies.index(
+                    max(tried, key=lambda settings: found[settings].mean()).recency
+                )
 
     # The best, and the smallest E that is not told apart from it
     mean = {settings: value.mean().item() for settings, value in found.items()}
@@ -85,17 +108,35 @@ def choose_cf(users, items, indptr, num_items, args, item_cf=None):
 
     # How far training moments are from validation's: their vectors do not know the target, the item vectors do
     moments = training_moments(indptr, MAX_USERS)
-    pasts = [items[indptr[u]:indptr[u] + place] for u, place in zip(*moments)]
+    pasts = [items[indptr[u] : indptr[u] + place] for u, place in zip(*moments)]
     at_train = torch.from_numpy(items[indptr[moments[0]] + moments[1]].astype(np.int64))
     vectors = kept[chosen.dim, chosen.reg, chosen.a0]
-    seen = ndcg_at_10(UserSolver(vectors, chosen).of_histories(pasts) @ vectors.T, at_train, pasts).mean().item()
+    seen = (
+        ndcg_at_10(UserSolver(vectors, chosen).of_histories(pasts) @ vectors.T, at_train, pasts)
+        .mean()
+        .item()
+    )
 
-    print(f"CF by NDCG@10 of MF at the moment, {len(people):,} validation users (s.e. {error:.4f}):")
+    print(
+        f"CF by NDCG@10 of MF at the moment, {len(people):,} validation users (s.e. {error:.4f}):"
+    )
     for width in widths:
         top = max((s for s in mean if s.dim == width), key=mean.get)
-        still = max((s for s in mean if s.dim == width and s.recency == max(recencies)), key=mean.get)
+        still = max(
+            (s for s in mean if s.dim == width and s.recency == max(recencies)), key=mean.get
+        )
         said = "   <- chosen" if top == chosen else ""
-        print(f"  E {width:4}   recency {still.recency:4.2f}: {mean[still]:.4f}   best: {mean[top]:.4f} with recency {top.recency:4.2f}, "
-              f"reg {top.reg:g}, a0 {top.a0:g}" + (f", alpha {top.alpha:g}" if len(alphas) > 1 else "") + said)
-    print(f"  at training moments {seen:.4f} (the item vectors know those targets); {time.time() - began:.0f} s")
-    return chosen, {"valid_NDCG@10": round(mean[chosen], 5), "se": round(error, 5), "train_NDCG@10": round(seen, 5)}
+        print(
+            f"  E {width:4}   recency {still.recency:4.2f}: {mean[still]:.4f}   best: {mean[top]:.4f} with recency {top.recency:4.2f}, "
+            f"reg {top.reg:g}, a0 {top.a0:g}"
+            + (f", alpha {top.alpha:g}" if len(alphas) > 1 else "")
+            + said
+        )
+    print(
+        f"  at training moments {seen:.4f} (the item vectors know those targets); {time.time() - began:.0f} s"
+    )
+    return chosen, {
+        "valid_NDCG@10": round(mean[chosen], 5),
+        "se": round(error, 5),
+        "train_NDCG@10": round(seen, 5),
+    }

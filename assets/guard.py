@@ -2,6 +2,7 @@
 
 Promised, and tested in tests/test_robustness.py and tests/test_interruption.py: a user's mistake, an unreadable file or a full disk
 (status 2) and a signal (status 130 or 143) end in one line on stderr; files change all together or not at all, also under kill -9."""
+
 import argparse
 import math
 import os
@@ -15,7 +16,9 @@ from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
-signals = SimpleNamespace(gently=False, came=None)  # gently: a first signal is noted here and waits for the end of a training step
+signals = SimpleNamespace(
+    gently=False, came=None
+)  # gently: a first signal is noted here and waits for the end of a training step
 # Terminal escapes and other controls, overrides of the writing direction, halves of UTF-16 pairs (which no file can hold)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -35,14 +38,19 @@ def printable(text):
 
 # ---- Scripts and their flags -----------------------------------------------------------------------------------------
 
+
 def run_script(main):
     """Run a script's main(): a user's mistake or a signal becomes one line on stderr, never a traceback."""
+
     def stop(number, _):
         if signals.gently and not signals.came:
             signals.came = number
             return
-        raise (KeyboardInterrupt if number == signal.SIGINT else Interrupted)(number, "what stood there before is kept; run the same "
-                                                                              "command again, a training run with --resume")
+        raise (KeyboardInterrupt if number == signal.SIGINT else Interrupted)(
+            number,
+            "what stood there before is kept; run the same "
+            "command again, a training run with --resume",
+        )
 
     def leave(message, status):
         print(printable(message), file=sys.stderr)
@@ -50,7 +58,9 @@ def run_script(main):
 
     signals.gently, signals.came = False, None
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs ignore Ctrl-C: so do we
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # nohup and background jobs ignore Ctrl-C: so do we
             signal.signal(number, stop)
     try:
         main()
@@ -69,11 +79,15 @@ class Parser(argparse.ArgumentParser):
 
 def within(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high. Neither end nor anything between is nan."""
+
     def convert(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}" + f" and at most {high:g}" * (high < math.inf))
+            raise argparse.ArgumentTypeError(
+                f"{text} must be at least {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            )
         return value
+
     convert.__name__ = kind.__name__
     return convert
 
@@ -82,6 +96,7 @@ a_seed = within(int, 0, 2**32 - 1)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def reading(path, remedy):
@@ -108,13 +123,17 @@ def writing(path, *kinds):
     except WriteError:
         raise
     except (OSError, *kinds) as error:
-        raise WriteError(f"{path} cannot be written, what stood there is kept ({error}); free some space or name another place") from None
+        raise WriteError(
+            f"{path} cannot be written, what stood there is kept ({error}); free some space or name another place"
+        ) from None
 
 
 def write_file(path, write):
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with writing(path, RuntimeError, SafetensorError):  # torch and safetensors have their own words for a full disk
+    with writing(
+        path, RuntimeError, SafetensorError
+    ):  # torch and safetensors have their own words for a full disk
         try:
             write(temporary)
             os.replace(temporary, path)
@@ -158,7 +177,9 @@ def end_move(folder, tidy=False):
     for left in Path(folder).glob("*.tmp-*") if tidy else ():
         left.unlink(missing_ok=True)
     ready, keep = Path(folder) / "tmp-ready", Path(folder) / "tmp-ready" / "previous"
-    with suppress(FileNotFoundError, NotADirectoryError):  # nothing to move, or another process does the same
+    with suppress(
+        FileNotFoundError, NotADirectoryError
+    ):  # nothing to move, or another process does the same
         for name in [*sorted({f.name for f in ready.iterdir()} - {"previous"}), "metrics.json"]:
             new, old = ready / name, Path(folder) / name
             if keep.exists() and old.exists():
@@ -170,5 +191,7 @@ def end_move(folder, tidy=False):
             if new.exists():
                 os.replace(new, old)
         if keep.exists():
-            os.rename(keep, keep.parent.parent / "previous") if any(keep.iterdir()) else keep.rmdir()
+            os.rename(keep, keep.parent.parent / "previous") if any(
+                keep.iterdir()
+            ) else keep.rmdir()
         ready.rmdir()

@@ -1,5 +1,6 @@
 """What an ILM and the rest of the world exchange. In: an LLM of any family, checked before it is believed. Out: a folder or a repository
 of the Hugging Face hub (huggingface_hub comes with transformers), which names LLM and data but holds neither; soft tokens as an array."""
+
 import inspect
 import json
 import time
@@ -10,9 +11,9 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
+from assets.cf import last_items
 from assets.guard import InputError
 from assets.run import check_name
-from data import last_items
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -31,29 +32,50 @@ print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=Fals
 """
 
 
-class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "item-language-model", "arxiv:2406.02844"],
-               model_card_template=MODEL_CARD):
+class Portable(
+    ModelHubMixin,
+    library_name="pytorch",
+    tags=["recommendation", "item-language-model", "arxiv:2406.02844"],
+    model_card_template=MODEL_CARD,
+):
     """check_llm and export; ILM.from_pretrained, save_pretrained, push_to_hub."""
 
     @torch.no_grad()
     def check_llm(self):
         """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
-        self.logit_scale, self.cap = 1.0, getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
+        self.logit_scale, self.cap = (
+            1.0,
+            getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None),
+        )
         ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
-        embeddings, takes = self.llm.get_input_embeddings()(ids), inspect.signature(self.llm.base_model.forward).parameters
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers renamed it in 5.24
+        embeddings, takes = (
+            self.llm.get_input_embeddings()(ids),
+            inspect.signature(self.llm.base_model.forward).parameters,
+        )
+        self.cache_name = (
+            "cache" if "cache" in takes else "past_key_values"
+        )  # transformers renamed it in 5.24
         if self.seq2seq:
             hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
             whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
         elif "position_ids" not in takes:
-            raise InputError(f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another")
+            raise InputError(
+                f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another"
+            )
         else:
-            hidden, whole = self.body(embeddings, None, None), self.llm(input_ids=ids).logits.float()
+            hidden, whole = (
+                self.body(embeddings, None, None),
+                self.llm(input_ids=ids).logits.float(),
+            )
         differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
         if differ():
-            self.logit_scale = float((whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum())
+            self.logit_scale = float(
+                (whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum()
+            )
             if differ():
-                raise InputError(f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another")
+                raise InputError(
+                    f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another"
+                )
 
     @torch.no_grad()
     def export(self, path, chunk=4096):
@@ -64,28 +86,48 @@ class Portable(ModelHubMixin, library_name="pytorch", tags=["recommendation", "i
         began, users = time.time(), np.arange(len(self.dataset.users))
         shape = (self.num_items + len(users), self.Q, self.hidden)
         with open(path, "wb") as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+                f, {"descr": "<f4", "fortran_order": False, "shape": shape}
+            )
             for cf in self.cf.split(chunk):
                 f.write(self.soft_tokens(self.with_history(cf)).float().cpu().numpy().tobytes())
-            for some in (users[k:k + chunk] for k in range(0, len(users), chunk)):
-                recent = [last_items(x, [len(x)], self.history) for x in map(self.dataset.items_of, some)]
-                cf = self.with_history(self.dataset.standard_users(self.dataset.users_at(some)), np.concatenate(recent)).to(self.cf)
+            for some in (users[k : k + chunk] for k in range(0, len(users), chunk)):
+                recent = [
+                    last_items(x, [len(x)], self.history) for x in map(self.dataset.items_of, some)
+                ]
+                cf = self.with_history(
+                    self.dataset.standard_users(self.dataset.users_at(some)), np.concatenate(recent)
+                ).to(self.cf)
                 f.write(self.soft_tokens(cf).float().cpu().numpy().tobytes())
         return shape[0] / (time.time() - began)
 
     def _save_pretrained(self, folder):
         """As a run directory: config.json, which names the LLM and the prepared folder, and model.safetensors; neither LLM nor data."""
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))
-        save_file({n: p.detach().cpu().contiguous() for n, p in self.saved_parameters().items()}, folder / "model.safetensors")
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self.saved_parameters().items()},
+            folder / "model.safetensors",
+        )
 
     def generate_model_card(self, *args, **kwargs):
-        return super().generate_model_card(*args, **{k: self.config[k] for k in ("data", "llm", "method", "steps", "seed", "lr")}, **kwargs)
+        return super().generate_model_card(
+            *args,
+            **{k: self.config[k] for k in ("data", "llm", "method", "steps", "seed", "lr")},
+            **kwargs,
+        )
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, data=None, llm=None, device=None, new=None, config=None, **download):
+    def _from_pretrained(
+        cls, *, model_id, data=None, llm=None, device=None, new=None, config=None, **download
+    ):
         """ILM.from_pretrained(folder or hub id): `data`, `llm` replace the prepared folder and the LLM that its config.json names."""
         known = inspect.signature(snapshot_download).parameters
         check_name(model_id, "from_pretrained")
-        run = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **{k: v for k, v in download.items() if k in known})
+        run = (
+            model_id
+            if Path(model_id).is_dir()
+            else snapshot_download(model_id, **{k: v for k, v in download.items() if k in known})
+        )
         from ilm import load_ilm, pick_device
+
         return load_ilm(run, pick_device(device), data, new, llm)

@@ -1,4 +1,5 @@
 """Users and items that came after training (ilm.py --new): they get CF vectors by fold-in, and nothing is trained again."""
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from assets.cf import UserSolver, solve_rows
 from assets.guard import InputError
 from assets.readers import read_csv, read_items
-from data import UserSolver, solve_rows, standardise, unique_titles
+from data import standardise, unique_titles
 
 
 def new_names(pairs, known, others):
@@ -40,7 +42,10 @@ def extend(dataset, folder):
     if not (Path(folder) / "interactions.csv").is_file():
         raise InputError(f"--new {folder}: no interactions.csv in it")
     users, items, times = read_csv(folder)
-    table, pairs = {}, np.stack([users, items], 1)[np.argsort(times, kind="stable")].astype(str).tolist()
+    table, pairs = (
+        {},
+        np.stack([users, items], 1)[np.argsort(times, kind="stable")].astype(str).tolist(),
+    )
     for name in ("items.csv", "items.tsv", "items.jsonl"):
         table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
     number = lambda names: {name: k for k, name in enumerate(names)}
@@ -49,20 +54,52 @@ def extend(dataset, folder):
     new_items = new_names([(item, user) for user, item in pairs], known_items, known_users)
     lost = [name for met in (new_items, new_users) for name in met if not met[name]]
     if lost:
-        print(f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}", file=sys.stderr)
-    new_users, new_items = ({name: numbers for name, numbers in met.items() if numbers} for met in (new_users, new_items))
+        print(
+            f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}",
+            file=sys.stderr,
+        )
+    new_users, new_items = (
+        {name: numbers for name, numbers in met.items() if numbers}
+        for met in (new_users, new_items)
+    )
     folded = fold_in_items(dataset, new_items)
     raw = torch.cat([dataset.raw_cf, folded])
     item_cf = torch.cat([dataset.item_cf, standardise(folded, dataset.raw_cf)])
 
-    catalogue = [*dataset.items, *(dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in new_items)]
+    catalogue = [
+        *dataset.items,
+        *(
+            dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}})
+            for x in new_items
+        ),
+    ]
     unique_titles(catalogue)
-    user_number, item_number = number([*dataset.users, *new_users]), number(item["id"] for item in catalogue)
-    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [[] for _ in new_users]
+    user_number, item_number = (
+        number([*dataset.users, *new_users]),
+        number(item["id"] for item in catalogue),
+    )
+    sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [
+        [] for _ in new_users
+    ]
     for user, item in pairs:  # what the file repeats counts once
-        if user in user_number and item in item_number and item_number[item] not in sequences[user_number[user]]:
+        if (
+            user in user_number
+            and item in item_number
+            and item_number[item] not in sequences[user_number[user]]
+        ):
             sequences[user_number[user]].append(item_number[item])
     solver = UserSolver(raw, dataset.solver.settings, gram=dataset.solver.gram)
-    purchases = torch.cat([dataset.purchases, torch.zeros(len(new_items))])  # what came later is no training part
-    return replace(dataset, items=catalogue, purchases=purchases, users=[*user_number], item_cf=item_cf, raw_cf=raw, solver=solver,
-                   indptr=np.cumsum([0, *map(len, sequences)]), sequence=np.array([i for s in sequences for i in s], dtype=int))
+    purchases = torch.cat(
+        [dataset.purchases, torch.zeros(len(new_items))]
+    )  # what came later is no training part
+    return replace(
+        dataset,
+        items=catalogue,
+        purchases=purchases,
+        users=[*user_number],
+        item_cf=item_cf,
+        raw_cf=raw,
+        solver=solver,
+        indptr=np.cumsum([0, *map(len, sequences)]),
+        sequence=np.array([i for s in sequences for i in s], dtype=int),
+    )

@@ -3,6 +3,7 @@ can get wrong in them is said in one line (InputError). To read a format of your
 
 A log becomes three arrays of equal length, in file order: users, items, times. An item table becomes
 {id: {"title", "text", "attributes"}}."""
+
 import csv
 import html
 import json
@@ -15,8 +16,10 @@ import torch
 
 from assets.guard import CONTROL, InputError, printable, reading
 
-ML_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-             "Mystery Romance Sci-Fi Thriller War Western").split()
+ML_GENRES = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+    "Mystery Romance Sci-Fi Thriller War Western"
+).split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
 ID_KEYS = ("id", "item", "item_id", "movieId", "asin")
 
@@ -33,7 +36,9 @@ def clean_id(value, path, number):
     """Ids stand one a line in users.txt and are looked up as they are: no control characters, nothing empty, nothing endless."""
     value = str(value).strip()
     if not value or len(value) > 1000 or CONTROL.search(value):
-        raise InputError(f"{path}, line {number}: the id {value[:50]!r} is empty, too long or has control characters; rename it")
+        raise InputError(
+            f"{path}, line {number}: the id {value[:50]!r} is empty, too long or has control characters; rename it"
+        )
     return value
 
 
@@ -50,8 +55,17 @@ def read_movielens(source):
                 raise InputError(f"{path}: no interactions in it; unpack it again")
             f.seek(begin)
             rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
-            table = np.loadtxt(rows, delimiter=separator.replace("::", "\t"), usecols=(0, 1, 3), ndmin=2, comments=None)
-            if not (np.isfinite(table) & (table >= 0) & (table < 2**53)).all() or (table[:, :2] % 1).any():
+            table = np.loadtxt(
+                rows,
+                delimiter=separator.replace("::", "\t"),
+                usecols=(0, 1, 3),
+                ndmin=2,
+                comments=None,
+            )
+            if (
+                not (np.isfinite(table) & (table >= 0) & (table < 2**53)).all()
+                or (table[:, :2] % 1).any()
+            ):
                 raise ValueError("a number out of range")
         except InputError:
             raise
@@ -67,13 +81,23 @@ def first_bad_line(path, separator):
         fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split(separator)
         header = separator == "," and number == 1
         try:
-            right = ",".join(fields).lower().startswith("userid,movieid,") if header else all(fits(fields[k], k < 3) for k in (0, 1, 3))
+            right = (
+                ",".join(fields).lower().startswith("userid,movieid,")
+                if header
+                else all(fits(fields[k], k < 3) for k in (0, 1, 3))
+            )
             if not right:
                 break
         except (ValueError, IndexError):
             break
-    wanted = "the header userId,movieId,rating,timestamp and then such lines" if separator == "," else "user, item, rating, timestamp"
-    return InputError(f"{path}, line {number}: expected {wanted}, with {separator!r} between them; mend or remove the line")
+    wanted = (
+        "the header userId,movieId,rating,timestamp and then such lines"
+        if separator == ","
+        else "user, item, rating, timestamp"
+    )
+    return InputError(
+        f"{path}, line {number}: expected {wanted}, with {separator!r} between them; mend or remove the line"
+    )
 
 
 def read_openp5(source):
@@ -83,7 +107,11 @@ def read_openp5(source):
         for number, line in enumerate(f, 1):
             user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]
             if not sequence or user in seen:
-                why = f"user {user} has line {seen[user]} already" if user in seen else "expected a user id and item ids, spaces between"
+                why = (
+                    f"user {user} has line {seen[user]} already"
+                    if user in seen
+                    else "expected a user id and item ids, spaces between"
+                )
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
             seen[user] = number
             pairs += [(user, item) for item in sequence]
@@ -99,7 +127,9 @@ def read_csv(source):
         except ValueError:
             times.append(math.nan)
         if not 0 <= times[-1] < math.inf:
-            raise InputError(f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number from 0; any growing count will do")
+            raise InputError(
+                f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number from 0; any growing count will do"
+            )
         pairs.append((clean_id(row["user"], path, number), clean_id(row["item"], path, number)))
     return *np.array(pairs, dtype=str).reshape(-1, 2).T, np.array(times)
 
@@ -107,8 +137,12 @@ def read_csv(source):
 def table_rows(path, required=()):
     """Yield (line number, dict) for a .csv, .tsv or .jsonl file."""
     number = 0
-    with reading(path, "write it again as UTF-8, a header first (csv, tsv) or an object a line (jsonl)"), \
-            open(path, encoding="utf-8-sig", newline="") as f:
+    with (
+        reading(
+            path, "write it again as UTF-8, a header first (csv, tsv) or an object a line (jsonl)"
+        ),
+        open(path, encoding="utf-8-sig", newline="") as f,
+    ):
         try:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(f, 1):
@@ -116,31 +150,45 @@ def table_rows(path, required=()):
                         raise ValueError(f"{line.strip()[:50]!r} is no object")
                     yield number, row
                 return
-            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}  # 14" is a length there, not a quote
+            tabs = (
+                {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            )  # 14" is a length there, not a quote
             reader = csv.DictReader(f, strict=True, **tabs)
             missing = [c for c in required if c not in (reader.fieldnames or [])]
             if missing or not reader.fieldnames:
-                raise InputError(f"{path}, line 1: no column {', '.join(missing)}; the header has {reader.fieldnames}")
+                raise InputError(
+                    f"{path}, line 1: no column {', '.join(missing)}; the header has {reader.fieldnames}"
+                )
             for row in reader:
                 number = reader.line_num
                 if None in row or None in row.values():
-                    raise InputError(f"{path}, line {number}: expected {len(reader.fieldnames)} columns; quote the field")
+                    raise InputError(
+                        f"{path}, line {number}: expected {len(reader.fieldnames)} columns; quote the field"
+                    )
                 yield number, row
         except InputError:
             raise
         except (csv.Error, ValueError, RecursionError) as error:
             number = number if path.suffix == ".jsonl" else number + 1
-            raise InputError(f"{path}, line {number} or after it: {error}; quote the field, and write the file as UTF-8") from None
+            raise InputError(
+                f"{path}, line {number} or after it: {error}; quote the field, and write the file as UTF-8"
+            ) from None
 
 
 def read_items(path):
     """An item table -> {id: {"title", "text", "attributes"}}. MovieLens's three shapes, or csv, tsv, jsonl with a header."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)")
+        raise InputError(
+            f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)"
+        )
     table = {}
-    for number, key, item in movielens_items(path) if path.suffix in (".item", ".dat") else other_items(path):
+    for number, key, item in (
+        movielens_items(path) if path.suffix in (".item", ".dat") else other_items(path)
+    ):
         if (key := clean_id(key, path, number)) in table:
-            raise InputError(f"{path}, line {number}: the id {key} stands there for the second time; remove one of the lines")
+            raise InputError(
+                f"{path}, line {number}: the id {key} stands there for the second time; remove one of the lines"
+            )
         table[key] = finish_item(key, item)
     return table
 
@@ -155,8 +203,14 @@ def movielens_items(path):
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         fields = line.split(separator)
         if len(fields) < 3:
-            raise InputError(f"{path}, line {number}: expected fields separated by {separator!r}; mend or remove the line")
-        genres = [g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"] if separator == "|" else fields[2].split("|")
+            raise InputError(
+                f"{path}, line {number}: expected fields separated by {separator!r}; mend or remove the line"
+            )
+        genres = (
+            [g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"]
+            if separator == "|"
+            else fields[2].split("|")
+        )
         yield number, fields[0], {"title": fields[1], "attributes": {"genres": genres}}
 
 
@@ -165,18 +219,31 @@ def other_items(path):
     for number, row in table_rows(path, ("title",)):
         key = next((k for k in ID_KEYS if k in row), next(iter(row)))
         rest = {k: v for k, v in row.items() if k not in (key, "title", "text", "attributes") and v}
-        rest = {k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()}
+        rest = {
+            k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()
+        }
         attributes = row.get("attributes") or rest
         if not isinstance(attributes, dict):
-            raise InputError(f"{path}, line {number}: `attributes` is to be an object of names and values; mend the line")
-        yield number, row[key], {"title": row.get("title"), "text": row.get("text"), "attributes": attributes}
+            raise InputError(
+                f"{path}, line {number}: `attributes` is to be an object of names and values; mend the line"
+            )
+        yield (
+            number,
+            row[key],
+            {"title": row.get("title"), "text": row.get("text"), "attributes": attributes},
+        )
 
 
 def finish_item(key, item):
     """Fill in what follows from the rest: a year from "Title (1995)", flat attribute strings, a text made of all of them."""
-    clean = lambda value: printable(html.unescape(html.unescape(str(value))))  # shops write &amp; for &, some of them twice
+    clean = lambda value: printable(
+        html.unescape(html.unescape(str(value)))
+    )  # shops write &amp; for &, some of them twice
     title = clean(item["title"] or "")
-    attributes = {clean(k): clean(", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in item["attributes"].items()}
+    attributes = {
+        clean(k): clean(", ".join(map(str, v)) if isinstance(v, list) else v)
+        for k, v in item["attributes"].items()
+    }
     year = re.search(r"\((\d{4})\)$", title)
     if year and "genres" in attributes:
         attributes["decade"] = year[1][:3] + "0s"
@@ -188,12 +255,22 @@ def finish_item(key, item):
 def load_cf(path, num_users, num_items):
     """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), rows in the order of the sorted ids ->
     user (None where there is none), item."""
-    with reading(f"--cf {path}", "expected an .npz with the float array `item`, and perhaps `user`"), np.load(path, allow_pickle=False) as z:
-        found = {name: np.asarray(z[name]).astype(np.float32) for name in ("item", *(["user"] if "user" in z else []))}
+    with (
+        reading(f"--cf {path}", "expected an .npz with the float array `item`, and perhaps `user`"),
+        np.load(path, allow_pickle=False) as z,
+    ):
+        found = {
+            name: np.asarray(z[name]).astype(np.float32)
+            for name in ("item", *(["user"] if "user" in z else []))
+        }
     item, rows = found["item"], {"item": num_items, "user": num_users}
     width = item.shape[1] if item.ndim == 2 else 0
-    fits = width and all(x.shape == (rows[name], width) and np.isfinite(abs(x).max()) for name, x in found.items())
+    fits = width and all(
+        x.shape == (rows[name], width) and np.isfinite(abs(x).max()) for name, x in found.items()
+    )
     if not fits:
         said = ", ".join(f"{name} {x.shape}" for name, x in found.items())
-        raise InputError(f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, user ({num_users}, E)")
+        raise InputError(
+            f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, user ({num_users}, E)"
+        )
     return torch.from_numpy(found["user"]) if "user" in found else None, torch.from_numpy(item)

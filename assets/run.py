@@ -1,5 +1,6 @@
 """What surrounds a run: device and precision, checkpoints and what they were trained on, the run directory, several processes. No
 method here; read it when you want to know how --resume, torchrun or a checkpoint's safety work."""
+
 import inspect
 import json
 import math
@@ -17,21 +18,38 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from assets.guard import InputError, Interrupted, drop_previous, end_move, reading, run_script, signals, write_atomically, write_file
+from assets.guard import (
+    InputError,
+    Interrupted,
+    drop_previous,
+    end_move,
+    reading,
+    run_script,
+    signals,
+    write_atomically,
+    write_file,
+)
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
+
 def pick_device(name=None):
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape of a batch, and no two are alike
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it builds a plan for every new shape of a batch, and no two are alike
     with reading(f"--device {name}", "cpu always works"):
-        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.zeros(
+            0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
 
 
 def precision(device):
     """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def autocast(device):
@@ -41,15 +59,21 @@ def autocast(device):
 
 # ---- Checkpoints, ours and strangers' --------------------------------------------------------------------------------
 
+
 def check_name(name, flag):
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
-        raise InputError(f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)")
+        raise InputError(
+            f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)"
+        )
 
 
 def from_pretrained(auto_class, name, flag, **kwargs):
     """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
     check_name(name, flag)
-    with reading(f"{flag} {name}", "give the folder of a model that transformers can load without its own code"):
+    with reading(
+        f"{flag} {name}",
+        "give the folder of a model that transformers can load without its own code",
+    ):
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
@@ -57,16 +81,30 @@ def load_weights(parameters, path):
     """Copy a safetensors file into named parameters, strictly: same names, same shapes."""
     with reading(path, "train again"):
         tensors = load_file(path)
-    wrong = sorted(set(tensors) ^ set(parameters)) or [n for n in tensors if tensors[n].shape != parameters[n].shape]
+    wrong = sorted(set(tensors) ^ set(parameters)) or [
+        n for n in tensors if tensors[n].shape != parameters[n].shape
+    ]
     if wrong:
-        raise InputError(f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})")
+        raise InputError(
+            f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
 
-REQUIRED_KEYS = {"stage1": {"losses", "text_fraction"},
-                 "stage2": {"llm", "method", "num_queries", "train_llm", "item_names", "name_tokens", "prompt_items"}}
+REQUIRED_KEYS = {
+    "stage1": {"losses", "text_fraction"},
+    "stage2": {
+        "llm",
+        "method",
+        "num_queries",
+        "train_llm",
+        "item_names",
+        "name_tokens",
+        "prompt_items",
+    },
+}
 
 
 def read_config(run, kind=None):
@@ -74,44 +112,68 @@ def read_config(run, kind=None):
     end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
-        raise InputError(f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py")
+        raise InputError(
+            f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py"
+        )
     with reading(path, "not what our training scripts write; train again"):
         config = json.loads(path.read_text())
         if kind not in (None, config["kind"]):
             raise InputError(f"{run}: is a {config['kind']} run, expected {kind}")
-        if missing := ({"data", "seed", "steps", "lr", "qformer"} | REQUIRED_KEYS[config["kind"]]) - {*config}:
-            raise InputError(f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again")
+        if missing := (
+            {"data", "seed", "steps", "lr", "qformer"} | REQUIRED_KEYS[config["kind"]]
+        ) - {*config}:
+            raise InputError(
+                f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again"
+            )
     return config
 
 
 def fingerprint(dataset):
     """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and 16 CF
     numbers each of items and users (equal up to rounding on other machines)."""
-    some = lambda cf: [round(x, 3) for x in cf.flatten()[::max(1, cf.numel() // 16)][:16].tolist()]
-    return [len(dataset.users), *dataset.item_cf.shape, *(sum(dataset.meta["held_out"][split]) for split in ("valid", "test")),
-            *some(dataset.item_cf), *some(dataset.user_stats)]
+    some = lambda cf: [round(x, 3) for x in cf.flatten()[:: max(1, cf.numel() // 16)][:16].tolist()]
+    return [
+        len(dataset.users),
+        *dataset.item_cf.shape,
+        *(sum(dataset.meta["held_out"][split]) for split in ("valid", "test")),
+        *some(dataset.item_cf),
+        *some(dataset.user_stats),
+    ]
 
 
 def same_fingerprint(before, now):
-    return len(before) == len(now) and before[:5] == now[:5] and np.allclose(before[5:], now[5:], atol=0.1)
+    return (
+        len(before) == len(now)
+        and before[:5] == now[:5]
+        and np.allclose(before[5:], now[5:], atol=0.1)
+    )
 
 
 def check_fingerprint(config, dataset, run):
-    with reading(f"{run}: fingerprint in config.json", "not what our training scripts write; train again"):
-        same = same_fingerprint(config.get("fingerprint", fingerprint(dataset)), fingerprint(dataset))
+    with reading(
+        f"{run}: fingerprint in config.json", "not what our training scripts write; train again"
+    ):
+        same = same_fingerprint(
+            config.get("fingerprint", fingerprint(dataset)), fingerprint(dataset)
+        )
     if not same:
-        raise InputError(f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
-                         "again, or name the former")
+        raise InputError(
+            f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
+            "again, or name the former"
+        )
     return dataset
 
 
 # ---- The run directory of a training script ---------------------------------------------------------------------------
 
+
 def stop_unless_finite(values, step):
     """{name: number}. One that is not finite ends the run before anything of the step is saved."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise InputError(f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr")
+            raise InputError(
+                f"step {step}: {name} is {value}; the last good checkpoint is kept; lower --lr"
+            )
 
 
 def check_step(losses, step, norm, scaler):
@@ -126,7 +188,12 @@ def check_step(losses, step, norm, scaler):
 def commit():
     """The git commit of this checkout, or None."""
     with suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
         return found.stdout.strip() or None
 
 
@@ -137,34 +204,60 @@ class RunDirectory:
     log.jsonl has two kinds of lines: the losses of a training step, every 20 steps, and validations, whose keys begin with valid_."""
 
     def __init__(self, args, config, tokenizer=None):
-        self.path, self.args, self.config, self.tokenizer, self.start, self.best = Path(args.out), args, config, tokenizer, 0, math.inf
+        self.path, self.args, self.config, self.tokenizer, self.start, self.best = (
+            Path(args.out),
+            args,
+            config,
+            tokenizer,
+            0,
+            math.inf,
+        )
         self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
         end_move(self.path, tidy=self.writes)
         if args.resume:
             if not (self.path / "state.pt").is_file():
-                raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
+                raise InputError(
+                    f"--resume: no state.pt in {self.path}; run without --resume to start"
+                )
             with reading(f"--resume: {self.path}", "run without --resume to start again"):
                 before = json.loads((self.path / "config.json").read_text())
-                self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+                self.state = torch.load(
+                    self.path / "state.pt", map_location="cpu", weights_only=True
+                )
                 self.start, self.best = self.state["step"], self.state["best"]
-                lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]  # what a full disk has cut off is no line
+                lines = (
+                    (self.path / "log.jsonl").read_text().split("\n")[:-1]
+                )  # what a full disk has cut off is no line
                 lines = [x for x in lines if json.loads(x)["step"] < self.start]
                 if same_fingerprint(before["fingerprint"], config["fingerprint"]):
                     before["fingerprint"] = config["fingerprint"]  # rounded elsewhere
             if changed := [k for k in config if config[k] != before.get(k, config[k])]:
-                raise InputError(f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments")
+                raise InputError(
+                    f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments"
+                )
             if self.writes:
-                write_file(self.path / "log.jsonl", lambda f: f.write_text("".join(x + "\n" for x in lines)))
+                write_file(
+                    self.path / "log.jsonl",
+                    lambda f: f.write_text("".join(x + "\n" for x in lines)),
+                )
 
     def log(self, **row):
         if self.writes:
             with open(self.path / "log.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+                f.write(
+                    json.dumps(
+                        {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+                    )
+                    + "\n"
+                )
 
     def restore(self, parameters, optimizer, scaler):
         """Called right before the first step. From now on a first signal waits for stop_if_asked, a second one does not."""
         if self.state:
-            with torch.no_grad(), reading(self.path / "state.pt", "run without --resume to start again"):
+            with (
+                torch.no_grad(),
+                reading(self.path / "state.pt", "run without --resume to start again"),
+            ):
                 for name, parameter in parameters.items():
                     parameter.copy_(self.state["weights"][name])
                 optimizer.load_state_dict(self.state["optimizer"])
@@ -178,17 +271,27 @@ class RunDirectory:
             stop_unless_finite({"loss validation": loss}, step)
             better, self.best = loss < self.best, min(loss, self.best)
         weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
-        state = {"step": step, "best": self.best, "targets": targets, "weights": weights, "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict()}
+        state = {
+            "step": step,
+            "best": self.best,
+            "targets": targets,
+            "weights": weights,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
 
-        def write(folder):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
+        def write(
+            folder,
+        ):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
             if better:
                 (folder / "metrics.json").unlink(missing_ok=True)  # those of other weights
                 write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
             write_file(folder / "state.pt", lambda f: torch.save(state, f))
 
         def write_all(folder):
-            (folder / "config.json").write_text(json.dumps({**self.config, "commit": commit()}, indent=1))
+            (folder / "config.json").write_text(
+                json.dumps({**self.config, "commit": commit()}, indent=1)
+            )
             (folder / "log.jsonl").write_text("")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -205,12 +308,22 @@ class RunDirectory:
         if any(sum_over_processes(signals.came or 0)):
             self.save(step, *state)
             again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
-            raise Interrupted(signals.came or 15, f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}")
+            raise Interrupted(
+                signals.came or 15,
+                f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}",
+            )
 
 
 def progress(start, steps, what):
     """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
-    return tqdm(range(start, steps + 1), desc=what, initial=start, total=steps, disable=process()[0] > 0 or None, leave=False)
+    return tqdm(
+        range(start, steps + 1),
+        desc=what,
+        initial=start,
+        total=steps,
+        disable=process()[0] > 0 or None,
+        leave=False,
+    )
 
 
 # ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
@@ -218,16 +331,21 @@ def progress(start, steps, what):
 # are averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
 # contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
 
+
 def start_processes(args):
     """-> device, rank, number of processes. A single process never touches the process group."""
     device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return device, 0, 1
     if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it")
+        raise InputError(
+            f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it"
+        )
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
-            raise InputError(f"more processes than GPUs here: --nproc_per_node {gpus}, or --device cpu")
+            raise InputError(
+                f"more processes than GPUs here: --nproc_per_node {gpus}, or --device cpu"
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -257,7 +375,11 @@ def sum_over_processes(*values):
 def distribute(module, world, **kwargs):
     """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name depends on torch's version)."""
     ddp = nn.parallel.DistributedDataParallel
-    flag = next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in inspect.signature(ddp).parameters)
+    flag = next(
+        f
+        for f in ("forward_sync_buffers", "broadcast_buffers")
+        if f in inspect.signature(ddp).parameters
+    )
     return ddp(module, **{flag: False}, **kwargs) if world > 1 else module
 
 
@@ -274,7 +396,11 @@ def run_training(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        if not dist.is_initialized() or not (
+            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        ):
             raise
-        raise SystemExit(f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
-                         "go on with --resume") from None
+        raise SystemExit(
+            f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
+            "go on with --resume"
+        ) from None

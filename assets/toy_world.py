@@ -27,7 +27,7 @@ TOY_ATTRIBUTES = {
 }
 
 # One word of its own for every title: a frozen LLM can only rank names that its head can tell
-# apart (see README, read-out ceiling).
+# apart (assets/docs/FINDINGS.md).
 TOY_FIRST_WORDS = """
 Amber Azure Bitter Blazing Borrowed Brass Broken Burning Candle Captive Cedar Cobalt Copper Coral
 Crimson Crooked Crystal Dancing Distant Double Drifting Dusty Echo Electric Ember Emerald Empty

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on the path, a small prepared toy data set, a small ILM on the shipped toy LLM."""
+import copy
 import json
 import os
 import subprocess
@@ -45,14 +46,15 @@ def toy(tmp_path_factory):
     return out
 
 
-@pytest.fixture()
+@pytest.fixture(scope="session")
 def make_ilm(toy):
-    """make_ilm(method, **config) -> an untrained ILM on the toy data and LLM."""
+    """make_ilm(method, **config) -> an untrained ILM on the toy data and LLM, with a data set of its own."""
     import train_stage2
     from ilm import build_ilm
+    whole = data.load_dataset(toy)
 
     def make(method="ilm-rand", llm=str(ROOT / "assets" / "toy_llm"), **config):
-        dataset = data.load_dataset(toy)
+        dataset = copy.deepcopy(whole)
         args = train_stage2.parse_args(["--method", method, "--data", str(toy), "--llm", llm, "--num-queries", "3",
                                         "--width", "32", "--layers", "2"])
         made, _ = train_stage2.make_config(args, dataset)

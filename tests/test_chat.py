@@ -101,10 +101,6 @@ def test_a_conversation_in_a_terminal(run):
     assert t.say("/new").strip().endswith(">")
     os.write(t.ours, b"\x04")
     assert t.leaves() == 0
-    t = Terminal("ilm.py", "--run", str(run), "--device", "cpu")
-    t.until(r"> $")
-    os.write(t.ours, b"/quit\n")
-    assert t.leaves() == 0
 
 
 def test_lines_come_from_a_pipe_as_well(run):

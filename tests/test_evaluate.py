@@ -185,9 +185,10 @@ def test_from_nothing_to_the_table(tmp_path, script):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     run("data.py", "--max-users", "60", *CF)
     run("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
-    run("train_stage2.py", "--steps", "3", "--batch-size", "2")
+    run("train_stage2.py", "--steps", "3", "--batch-size", "2", "--valid-users", "8")
     few = "import evaluate, functools; evaluate.train_sasrec = functools.partial(evaluate.train_sasrec, epochs=1)"
-    out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", before=few)
+    limits = ["--max-users", "12", "--max-texts", "4"]
+    out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", *limits, before=few)
     for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",
                  "stage 1, held-out items", "log_ppl", "sasrec"):
         assert word in out, out
@@ -195,7 +196,7 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert [r["kind"] for r in results] == ["stage2", "stage1"]
     assert results[0] == json.loads((tmp_path / "out/toy/ilm/metrics.json").read_text())
     seen, yardstick = results[0]["rec"]["sequential"]["seen"], results[0]["yardstick"]
-    assert {*map(type, seen["ranks"])} == {int} and len(seen["ranks"]) == seen["users"] == 60 and min(seen["ranks"]) >= 1
+    assert {*map(type, seen["ranks"])} == {int} and len(seen["ranks"]) == seen["users"] == 12 and min(seen["ranks"]) >= 1
     assert yardstick.startswith("mf, at the moment") and f"(sequential HR@10 over that of {yardstick})" in out
     assert results[0]["retention"] == pytest.approx(seen["HR@10"] / results[0]["references"][yardstick]["HR@10"])
     assert 0 < results[0]["text"]["sc"] < 1 and len(results[0]["curve"]) == 4
@@ -204,8 +205,9 @@ def test_from_nothing_to_the_table(tmp_path, script):
     assert again in out and (tmp_path / "figures/alignment.png").is_file() and (tmp_path / "figures/stage1.png").is_file()
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
     assert set(results[0]["controls"]) == set(results[0]["text_controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
-    run("train_stage2.py", "--steps", "1", "--batch-size", "2", "--mix", "0", "0", "1", "--text-fraction", "0.2", "--method", "mlp")
-    assert "sequential" not in run("evaluate.py", "--run", "out/toy/mlp")  # what was not trained is not measured
+    run("train_stage2.py", "--steps", "1", "--batch-size", "2", "--mix", "0", "0", "1", "--text-fraction", "0.2", "--method", "mlp",
+        "--valid-users", "8")
+    assert "sequential" not in run("evaluate.py", "--run", "out/toy/mlp", *limits)  # what was not trained is not measured
     run("evaluate.py", "--table", "out/toy/mlp/metrics.json", "--plot", "texts")
     assert (tmp_path / "texts/budget.png").is_file() and not (tmp_path / "texts/stage1.png").exists()  # nor drawn
     assert run("ilm.py", "--run", "out/toy/ilm", "Describe {item:007}. {history:001,002} {user:3}").count("\n") == 1  # of 3 steps: or empty

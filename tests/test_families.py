@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, embedded, real
-from test_ilm import base_of, named_children, purchases
+from test_ilm import named_children, purchases
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
-from ilm import ILM, SOFT_BASE, load_ilm
+from ilm import SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import Examples
 
@@ -104,15 +104,15 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.fixture(scope="session")
+def shared(make_ilm, checkpoint):
+    """An ILM on it, with a prior of popularity, for the tests that read it and change nothing."""
+    return make_ilm(llm=checkpoint)
+
+
 @pytest.fixture()
 def make(make_ilm, checkpoint):
-    def make(method="ilm-rand", **config):
-        """With a prior of popularity, and a `base` as a calibration might leave it."""
-        model = make_ilm(method, llm=checkpoint, **config)
-        with torch.no_grad():
-            model.base.copy_(torch.randn(model.base.shape, generator=torch.Generator().manual_seed(0)))
-        return model
-    return make
+    return partial(make_ilm, llm=checkpoint)
 
 
 # ---- The LLM's own answer, without anything of ilm.py but embed() ------------------------------------------------------
@@ -137,11 +137,11 @@ def own_log_p(model, prompt, targets):
 
 
 @torch.no_grad()
-def brute_force(model, prompt, task):
+def brute_force(model, prompt):
     """The score of every name by definition, (I,): the sum of log p over its tokens and its end token. Twice: with p divided among the
-    tokens that any name has there, by their prior and the LLM's p less `base`; and among all tokens."""
+    tokens that any name has there, by their prior and the LLM's p; and among all tokens."""
     names, (divided, whole) = model.name_ids, torch.zeros(2, len(model.name_ids))
-    allowed, base = named_children(names, [1 + n for n in purchases(model)]), base_of(model, task)
+    allowed = named_children(names, [1 + n for n in purchases(model)])
     for length in {len(name) for name in names}:
         rows = [i for i, name in enumerate(names) if len(name) == length]
         for i, log_p in zip(rows, own_log_p(model, prompt, [names[i] for i in rows])):
@@ -149,7 +149,7 @@ def brute_force(model, prompt, task):
             for k, token in enumerate(names[i]):
                 prefix = tuple(names[i][:k])
                 if len(allowed[prefix]) > 1:
-                    loud = {t: math.log(sum(below)) + model.tau * (log_p[k, t] - base[*prefix, t]) for t, below in allowed[prefix].items()}
+                    loud = {t: math.log(sum(below)) + model.tau * log_p[k, t] for t, below in allowed[prefix].items()}
                     divided[i] += loud[token] - torch.stack([*loud.values()]).logsumexp(0)
     return divided, whole
 
@@ -169,10 +169,10 @@ def train(model, steps, lr=0.02):
     examples = Examples(model, model.dataset)
     rows = [examples.pack([(model.prompt_ids("What would {user} like?", user=u), *model.names_trie.paths[29 * u])]) for u in range(4)]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
+    batch, losses = examples.collate(rows), []
     model.train()
     for _ in range(steps):
-        total, nll = model(examples.collate(rows))
+        total, nll = model(batch)
         optimizer.zero_grad()
         (total / len(nll)).backward()
         optimizer.step()
@@ -183,17 +183,33 @@ def train(model, steps, lr=0.02):
 
 # ---- One property a test, for every family -----------------------------------------------------------------------------
 
-def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(make):
-    model = make()
+def printed(model, capsys):
+    """The line of what is trained that says it of the LLM: its numbers, and whether it is called frozen."""
+    capsys.readouterr()
+    print_parameters(model)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "llm")
+    return line.split()[1:4], "(frozen)" in line
+
+
+@pytest.fixture(scope="session")
+def trained(make_ilm, checkpoint):
+    """An ILM after some steps, the LLM's tensors before them, first and last loss."""
+    model = make_ilm(llm=checkpoint)
     before = {n: p.clone() for n, p in model.llm.state_dict().items()}
-    first, last = train(model, 60)
-    assert last < 0.6 * first, (first, last)
+    return model, before, *train(model, 30)
+
+
+def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(trained, capsys):
+    model, before, first, last = trained
+    total = sum(p.numel() for p in model.llm.parameters())
+    assert printed(model, capsys) == ([f"{total:,}", "parameters,", "0"], True)
+    assert last < 0.7 * first, (first, last)
     assert all(torch.equal(before[n], p) for n, p in model.llm.state_dict().items()) and all(p.grad is None for p in model.llm.parameters())
 
 
 @torch.no_grad()
-def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(make):
-    model = make()
+def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(shared):
+    model = shared
     reader = model.llm.get_encoder() if model.seq2seq else model.llm.base_model
     states = lambda embeddings: reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
     loudness = lambda state: state.pow(2).mean(-1).sqrt().median()
@@ -201,38 +217,36 @@ def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(m
     assert 0.75 < loudness(states(model.soft_tokens(model.with_history(model.cf)).flatten(0, 1)[None])[0]) / words < 1.33
 
 
-def test_the_trie_ranks_as_the_llm_does_by_brute_force(make):
-    model = make()
-    prompts = prompts_of(model)
-    for renormalize, wanted in zip((True, False), zip(*(brute_force(model, prompt, 1) for prompt in prompts))):
-        scores = model.rank(prompts, model.trie(renormalize), task=1)
+def test_the_trie_ranks_as_the_llm_does_by_brute_force(shared):
+    prompts = prompts_of(shared)
+    for renormalize, wanted in zip((True, False), zip(*(brute_force(shared, prompt) for prompt in prompts))):
+        scores = shared.rank(prompts, shared.trie(renormalize))
         assert scores.std() > 0.05  # there is something to get wrong
         close(scores, torch.stack(wanted))
 
 
-def test_it_writes_what_the_llm_finds_likeliest(make):
-    model = make()
+def test_it_writes_what_the_llm_finds_likeliest(shared, monkeypatch):
+    model = shared
     prompts = prompts_of(model)
     for prompt, text in zip(prompts, model.generate(prompts, max_new_tokens=5)):
         out = []
         while len(out) < 5 and model.tokenizer.eos_token_id not in out:
             out.append(own_log_p(model, prompt, [[*out, 0]])[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
-    model.llm.generation_config.eos_token_id = [3, out[0]]  # a chat model may know several ends
+    monkeypatch.setattr(model.llm.generation_config, "eos_token_id", [3, out[0]])  # a chat model may know several ends
     assert model.generate([prompt], max_new_tokens=5) == [model.tokenizer.decode(out[:1], skip_special_tokens=True).strip()]
 
 
-def test_a_saved_model_gives_the_same_scores_bitwise(make, tmp_path):
-    model = make()
-    train(model, 2)
+def test_a_saved_model_gives_the_same_scores_bitwise(trained, tmp_path):
+    model = trained[0]
     model.save_pretrained(tmp_path)
     wanted = scores_of(model)
-    for loaded in (load_ilm(tmp_path, torch.device("cpu")), ILM.from_pretrained(tmp_path, device="cpu")):
-        assert torch.equal(scores_of(loaded), wanted) and loaded.generate(prompts_of(loaded), 4) == model.generate(prompts_of(model), 4)
+    loaded = load_ilm(tmp_path, torch.device("cpu"))
+    assert torch.equal(scores_of(loaded), wanted) and loaded.generate(prompts_of(loaded), 4) == model.generate(prompts_of(model), 4)
 
 
-def test_padding_batch_size_and_order_do_not_change_a_score(make):
-    model = make()
+def test_padding_batch_size_and_order_do_not_change_a_score(shared):
+    model = shared
     prompts = prompts_of(model)
     together = scores_of(model, prompts)
     close(scores_of(model, prompts[::-1]).flip(0), together)
@@ -241,28 +255,20 @@ def test_padding_batch_size_and_order_do_not_change_a_score(make):
     assert [model.generate([prompt], 4)[0] for prompt in prompts] == texts == model.generate(prompts[::-1], 4)[::-1]
 
 
-def test_the_loss_of_a_name_is_minus_its_score(make):
-    """For both ranking tasks, in one batch. The loss pads on the right, and packs many names in a
-    row, more than a sliding window holds."""
-    model = make()
-    examples, some = Examples(model, model.dataset), range(0, 120, 3)
-    prompts, numbers = prompts_of(model), (0, 1, 0)
-    rows = []
-    for prompt, number in zip(prompts, numbers):
-        named = [(prompt, *model.names_trie.paths[i]) for i in some]
-        rows.append(examples.pack(named, data.RANKING_TASKS[number]))
+def test_the_loss_of_a_name_is_minus_its_score(shared):
+    """The loss pads on the right, and packs many names in a row, more than a sliding window holds."""
+    examples, some, prompts = Examples(shared, shared.dataset), range(0, 120, 4), prompts_of(shared)
+    rows = [examples.pack([(prompt, *shared.names_trie.paths[i]) for i in some]) for prompt in prompts]
     with torch.no_grad():
         batch = examples.collate(rows)
-        nll, (row, column) = model(batch)[1], (batch["label"] >= 0).nonzero(as_tuple=True)
+        nll, (row, column) = shared(batch)[1], (batch["label"] >= 0).nonzero(as_tuple=True)
     assert batch["ids"].shape[1] > 160
-    branch = batch["branch"][row, column] - 1
-    packed = torch.zeros(3, len(some)).index_put((row, branch), -nll, accumulate=True)
-    scores = torch.stack([model.rank(prompts, model.trie(), task=task) for task in (0, 1)])
-    close(packed, scores[numbers, [0, 1, 2]][:, some])
+    packed = torch.zeros(3, len(some)).index_put((row, batch["branch"][row, column] - 1), -nll, accumulate=True)
+    close(packed, scores_of(shared, prompts)[:, some])
 
 
-def test_prompt_and_name_are_tokenised_as_one_text_would_be(make):
-    model = make()
+def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
+    model = shared
     tokenize = lambda text, special=False: model.tokenizer(text, add_special_tokens=special)["input_ids"]
     name, eos = model.names[3], model.tokenizer.eos_token_id
     assert model.name_ids[3][-1] == eos and model.tokenizer.decode(model.name_ids[3][:-1]).strip() == name
@@ -281,28 +287,27 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(make):
     assert prompt.count(model.tokenizer.bos_token_id) == (model.tokenizer.bos_token_id is not None)
 
 
-@pytest.mark.parametrize("train_llm", [False, True])
-def test_the_llm_trains_fully_or_not_at_all_and_it_is_printed(make, tmp_path, capsys, train_llm):
-    model = make(train_llm=train_llm)
-    print_parameters(model)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "llm")
+def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp_path, capsys):
+    model = make(train_llm=True)
     total = sum(p.numel() for p in model.llm.parameters())
-    assert line.split()[1:4] == [f"{total:,}", "parameters,", f"{total if train_llm else 0:,}"] and ("(frozen)" in line) != train_llm
+    assert printed(model, capsys) == ([f"{total:,}", "parameters,", f"{total:,}"], False)
     before = {n: p.clone() for n, p in model.llm.named_parameters()}
     train(model, 1, lr=1e-3)
-    changed = {n for n, p in model.llm.named_parameters() if not torch.equal(before[n], p)}
-    assert changed == (set(before) if train_llm else set())
-    if train_llm:  # then it is part of the run
-        model.save_pretrained(tmp_path)
-        assert torch.equal(scores_of(load_ilm(tmp_path, torch.device("cpu"))), scores_of(model))
+    assert not any(torch.equal(before[n], p) for n, p in model.llm.named_parameters())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(scores_of(load_ilm(tmp_path, torch.device("cpu"))), scores_of(model))
 
 
-def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make, monkeypatch):
-    wanted = scores_of(make())
+def at_precision(monkeypatch, dtype):
+    for module in ("ilm", "assets.run"):
+        monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
+
+
+def test_half_precision_ranks_nearly_as_full_precision_does(shared, make, monkeypatch):
+    wanted = scores_of(shared)
     for dtype in (torch.float16, torch.bfloat16):
-        for module in ("ilm", "assets.run"):
-            monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
-        model = make()
+        at_precision(monkeypatch, dtype)
+        model = make() if dtype == torch.bfloat16 else shared
         assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa
         with model.autocast():
@@ -310,7 +315,14 @@ def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(ma
             scores = scores_of(model)
         close(scores.exp().sum(1), torch.ones(3), atol=1e-3)
         assert torch.corrcoef(torch.stack([scores.flatten(), wanted.flatten()]))[0, 1] > 0.98
-    assert make(train_llm=True).llm.dtype == torch.float32  # a step of AdamW is less than bf16 can tell apart
+
+
+@pytest.mark.parametrize("dtype, train_llm, wanted", [
+    (torch.bfloat16, False, torch.bfloat16), (torch.float16, False, torch.float32),
+    (torch.bfloat16, True, torch.float32)])  # a step of AdamW is less than bf16 can tell apart
+def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make_ilm, monkeypatch, dtype, train_llm, wanted):
+    at_precision(monkeypatch, dtype)
+    assert make_ilm(train_llm=train_llm).llm.dtype == wanted
 
 
 # ---- What no checkpoint may do -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from assets.hub import Portable
 from assets.later import extend
 from ilm import ILM, load_ilm
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "assets/docs/FORKING.md"))
 SHORT = {"train_stage1.py": ["--steps", "8", "--width", "32"],
          "train_stage2.py": ["--steps", "4", "--batch-size", "2", "--valid-users", "8"]}
 

@@ -150,8 +150,8 @@ def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
 
 
 def test_packed_rows_by_hand():
-    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0], [0, 4, -1])], task=1)
-    assert row["cf"] == [] and row["task"] == 1 and row["node"] == [-1] * 5 + [0, 4, -1]
+    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0], [0, 4, -1])])
+    assert row["cf"] == [] and row["node"] == [-1] * 5 + [0, 4, -1]
     assert row["ids"] == [1, 2, 3, 9, 5, 9, 6, 7]
     assert row["position"] == [0, 1, 2, 2, 3, 3, 4, 5]
     assert row["branch"] == [0, 0, 0, 1, 1, 2, 2, 2]
@@ -196,20 +196,10 @@ def named_children(names, items_below):
     return children
 
 
-def base_of(model, task):
-    """{prefix and token: the number in `base`}, found by walking down the trie from its root."""
-    trie, out, queue = model.names_trie, {}, [((), 0)]
-    for prefix, node in queue:
-        for child in range(int(trie.first[node]), int(trie.first[node] + trie.count[node])):
-            out[*prefix, int(trie.token[child])] = model.base[task, child]
-            queue.append(((*prefix, int(trie.token[child])), child))
-    return out
-
-
-def brute_force(model, prompt, names, renormalize, task=0):
+def brute_force(model, prompt, names, renormalize):
     """Every name scored whole by definition: sum over its tokens and an end token of log p, over all tokens, or over the tokens that a
-    name has there, by log (1 + purchases of each item below, summed) + tau * (logit - base)."""
-    children, base, scores = named_children(names, purchases(model)), base_of(model, task), torch.zeros(len(names))
+    name has there, by log (1 + purchases of each item below, summed) + tau * logit."""
+    children, scores = named_children(names, purchases(model)), torch.zeros(len(names))
     for length in set(map(len, names)):  # names of one length are a batch without padding
         some = [i for i, name in enumerate(names) if len(name) == length]
         logits = model.llm(inputs_embeds=embedded(model, prompt, [names[i] for i in some])).logits[:, len(prompt) - 1:-1].float()
@@ -219,7 +209,7 @@ def brute_force(model, prompt, names, renormalize, task=0):
                 if not renormalize:
                     scores[i] += row[k][token] - row[k].logsumexp(0)
                 elif len(children[prefix]) > 1:
-                    divided = {t: np.log(sum(1 + n for n in below)) + model.tau * (row[k][t] - base[*prefix, t])
+                    divided = {t: np.log(sum(1 + n for n in below)) + model.tau * row[k][t]
                                for t, below in children[prefix].items()}
                     scores[i] += divided[token] - torch.stack([*divided.values()]).logsumexp(0)
     return scores
@@ -236,31 +226,29 @@ def tangled(make_ilm):
     model.names_trie = ilm.Trie(model.name_ids)
     model.set_prior("popularity", "learned")
     with torch.no_grad():
-        model.base.normal_(0, 2)
         model.tau.fill_(0.7)
     return model
 
 
-@pytest.mark.parametrize("renormalize, task", [(True, 0), (True, 1), (False, 0)])
-def test_exact_ranking_is_brute_force(tangled, renormalize, task):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_exact_ranking_is_brute_force(tangled, renormalize):
     prompts = prompts_of(tangled, (0, 1))
-    scores = tangled.rank(prompts, tangled.trie(renormalize), task=task)
+    scores = tangled.rank(prompts, tangled.trie(renormalize))
     with torch.no_grad():
-        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize, task) for p in prompts])
+        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize) for p in prompts])
     torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
     if renormalize:
         torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
 
 
-@pytest.mark.parametrize("task", data.RANKING_TASKS)
-def test_the_training_loss_of_a_name_is_its_ranking_score(tangled, task):
+def test_the_training_loss_of_a_name_is_its_ranking_score(tangled):
     """p divided among the names of the catalogue, and no token after a name is decided."""
     prompts, paths, examples = prompts_of(tangled, (0, 1)), tangled.names_trie.paths, Examples(tangled, tangled.dataset)
     with torch.no_grad():
-        batch = examples.collate([examples.pack([(prompt, *paths[i]) for i in range(0, 120, 3)], task) for prompt in prompts])
+        batch = examples.collate([examples.pack([(prompt, *paths[i]) for i in range(0, 120, 3)]) for prompt in prompts])
         nll, row = tangled(batch)[1], (batch["label"] >= 0).nonzero()
     scores = torch.zeros(2, 41).index_put((row[:, 0], batch["branch"][row[:, 0], row[:, 1]]), -nll, accumulate=True)[:, 1:]
-    wanted = tangled.rank(prompts, tangled.trie(), task=data.RANKING_TASKS.index(task))
+    wanted = tangled.rank(prompts, tangled.trie())
     torch.testing.assert_close(scores, wanted[:, ::3], atol=1e-4, rtol=1e-4)
     assert len(paths[8][0]) == 3 and len(paths[7][0]) == 3 and paths[7][0][-1] == tangled.tokenizer.eos_token_id  # 7 is a prefix of others
 

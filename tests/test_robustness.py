@@ -201,7 +201,8 @@ FLAGS = [  # script, flags, files, words
         (["--beams", -1], {}, ["--beams"]), (["--batch-size", 0], {}, ["--batch-size"]), (["--max-users", 0], {}, ["--max-users"]),
         (["--split", "train"], {}, ["--split", "test"]), (["--max-texts", "x"], {}, ["--max-texts"]), (["--seed", -1], {}, ["--seed"]),
         (["--run", "WORK/train_stage2", "--data", "nowhere"], {}, ["nowhere", "data.py"]),
-        (["--run", "WORK/train_stage2", "--data", "WORK/data/toy", "--sc-encoder", "./nowhere", *EVALUATE, "--tasks", "text"], {},
+        (["--run", "WORK/train_stage2", "--data", "WORK/data/toy", "--sc-encoder", "./nowhere", "--max-texts", 1, *EVALUATE, "--tasks",
+          "text"], {},
          ["--sc-encoder ./nowhere"])]),
     *(("ilm.py", argv, {}, words) for argv, words in [
         (["--run", "nowhere"], ["nowhere", "train_stage2.py"]), (["--run", "WORK/train_stage1"], ["stage1 run"]),
@@ -467,7 +468,7 @@ def test_titles_and_texts_longer_than_the_context(script, tmp_path):
     one_line(script("train_stage2.py", *argv, cwd=tmp_path), 2, "fit the LLM's context of 200", "--name-tokens")
     done = script("train_stage2.py", *argv, "--name-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done
-    done = script("evaluate.py", "--run", "s2", cwd=tmp_path)
+    done = script("evaluate.py", "--run", "s2", "--max-texts", 4, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done
 
 
