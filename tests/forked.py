@@ -1,9 +1,13 @@
 """All scripts, imported once: every call is a fork of this process, so that hundreds of true runs, with a status and a stderr of their
-own, cost little more than their work. conftest.py's fixture `script` talks to it, a JSON object a line in each direction."""
+own, cost little more than their work. conftest.py's fixture `script` talks to it, a JSON object a line in each direction.
+
+Of a call: script, argv, cwd; before: code to run first; kill_at, largest_file: see below; signal: what to send `after` seconds, or
+when a file has a text (`when`: file, text, how often [once]); ranks: so many processes of one run, of which the last gets the signal."""
 import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -40,10 +44,11 @@ def killed_at(count):
         wrap(name)
 
 
-def child(call):
+def child(call, rank):
     os.chdir(call["cwd"])
+    os.environ.update({**call["environ"], "RANK": str(rank)})
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     sys.argv = [call["script"], *call["argv"]]
@@ -62,22 +67,52 @@ def child(call):
         return 1
 
 
-def wait(pid, call):
-    """Send call["signal"] after a time, or when a file has a text -> the status, negative where a signal ended it."""
-    began = time.time()
-    due = lambda: "signal" in call and (time.time() - began > call["after"] if "after" in call else
-                                        Path(call["cwd"], call["when"][0]).exists()
-                                        and call["when"][1] in Path(call["cwd"], call["when"][0]).read_text())
-    while time.time() - began < 120:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if due():
-            os.kill(pid, call.pop("signal"))
+def due(call, began):
+    if "signal" not in call or "after" in call:
+        return "signal" in call and time.time() - began > call["after"]
+    name, text, times = [*call["when"], 1][:3]
+    path = Path(call["cwd"], name)
+    return path.exists() and path.read_text().count(text) >= times
+
+
+def wait(pids, call):
+    """Send call["signal"] to the last when it is due -> their statuses, negative where a signal ended one."""
+    began, statuses = time.time(), {}
+    while len(statuses) < len(pids) and time.time() - began < 120:
+        for pid in (pid for pid in pids if pid not in statuses):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        if pids[-1] not in statuses and due(call, began):
+            os.kill(pids[-1], call.pop("signal"))
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "hangs"
+    for pid in (pid for pid in pids if pid not in statuses):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        statuses[pid] = "hangs"
+    return [statuses[pid] for pid in pids]
+
+
+def fork(call, rank):
+    if pid := os.fork():
+        return pid
+    status = child(call, rank)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
+def answer(call):
+    """-> the status of a call, or the list of those of its `ranks`."""
+    call["environ"], ranks = {}, call.get("ranks", 1)
+    for name in ("out", "err"):
+        open(call[name], "w").close()
+    if "ranks" in call:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        call["environ"] = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    statuses = wait([fork(call, rank) for rank in range(ranks)], call)
+    return statuses if "ranks" in call else statuses[0]
 
 
 if __name__ == "__main__":
@@ -88,9 +123,4 @@ if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        call = json.loads(line)
-        if not (pid := os.fork()):
-            status = child(call)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-        print(json.dumps(wait(pid, call)), file=answers, flush=True)
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

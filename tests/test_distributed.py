@@ -1,10 +1,8 @@
 """More than one process gives what one process gives: losses, gradients, weights, validation, files."""
 import json
-import os
-import socket
+import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -66,20 +64,29 @@ def finish(model, losses):
     return losses, gradients, {n: p.detach().clone() for n, p in trained.items()}
 
 
-def worker(rank, step, toy, folder):
+STEPS = {"stage 1": step_of_stage1, "stage 2": step_of_stage2}
+
+
+def worker(rank, toy, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(step(toy, 2), f"{folder}/{rank}.pt")
+    torch.save({name: step(toy, 2) for name, step in STEPS.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("step", [step_of_stage1, step_of_stage2])
-def test_two_processes_make_the_step_of_one(toy, tmp_path, step):
-    losses, gradients, weights = step(toy, 1)
+@pytest.fixture(scope="module")
+def of_two(toy, tmp_path_factory):
+    """What each of two processes finds."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(worker, (toy, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_make_the_step_of_one(toy, of_two, name):
+    losses, gradients, weights = STEPS[name](toy, 1)
     assert not dist.is_initialized()
-    torch.multiprocessing.spawn(worker, (step, toy, tmp_path), nprocs=2)
-    for rank in (0, 1):
-        theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for theirs in (found[name] for found in of_two):
         torch.testing.assert_close(theirs[0], losses, atol=1e-5, rtol=1e-5)
         assert theirs[1].keys() == gradients.keys() and len(gradients) > 10
         for name in gradients:
@@ -87,26 +94,24 @@ def test_two_processes_make_the_step_of_one(toy, tmp_path, step):
             torch.testing.assert_close(theirs[2][name], weights[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
-def torchrun(script, *argv, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / script)]
-    return subprocess.Popen([*command, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-
-
-def test_both_stages_under_torchrun_write_one_run(toy, tmp_path):
+def test_both_stages_write_one_run(toy, script, tmp_path):
+    """Stage 1 as two processes without torchrun, stage 2 as the README's command."""
     small = ["--data", toy, "--batch-size", 4, "--steps", 3]
-    done = torchrun("train_stage1.py", *small, "--width", 32, "--num-queries", 2, "--out", tmp_path / "stage1")
-    out, err = done.communicate()
-    assert done.returncode == 0 and out.count("wrote") == 1, out + err
-    done = torchrun("train_stage2.py", *small, "--stage1", tmp_path / "stage1", "--out", tmp_path / "ilm")
-    out, err = done.communicate()
-    assert done.returncode == 0 and out.count("wrote") == 1, out + err
+    done = script("train_stage1.py", *small, "--width", 32, "--num-queries", 2, "--out", tmp_path / "stage1", ranks=2)
+    assert done.returncode == [0, 0] and done.stdout.count("wrote") == 1, done
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train_stage2.py", *small,
+               "--stage1", tmp_path / "stage1", "--out", tmp_path / "ilm", "--valid-users", 8, "--mix", 1, 0, 2]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stdout + done.stderr
     for run in ("stage1", "ilm"):
-        steps = [json.loads(line)["step"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-        assert steps == sorted(steps) and load_file(tmp_path / run / "model.safetensors")
-    done = torchrun("train_stage1.py", "--data", toy, "--batch-size", 5, "--out", tmp_path / "odd")
-    _, err = done.communicate()
-    assert done.returncode != 0 and "--batch-size 5: not a multiple of the 2 processes" in err
+        log = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in log] == sorted(row["step"] for row in log) and load_file(tmp_path / run / "model.safetensors")
+
+
+def test_a_batch_is_shared_by_all_processes_alike(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--batch-size 5: not a multiple of the 2 processes"):
+        start_processes(train_stage1.parse_args(["--batch-size", "5", "--device", "cpu"]))
 
 
 def test_more_processes_than_gpus_is_a_mistake_that_is_named(monkeypatch):
@@ -118,34 +123,22 @@ def test_more_processes_than_gpus_is_a_mistake_that_is_named(monkeypatch):
         start_processes(train_stage1.parse_args(["--batch-size", "8"]))
 
 
-def two_processes(toy, tmp_path):
-    """A long run of stage 1, after its third line of the log. Without torchrun, which would stop one process when the other leaves."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train_stage1.py"), "--data", str(toy), "--batch-size", "8", "--steps", "5000",
-               "--eval-every", "20", "--out", str(tmp_path / "run")]
-    first, second = (subprocess.Popen(command, cwd=ROOT, env={**os.environ, **address, "RANK": rank}, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.PIPE, text=True) for rank in "01")
-    log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
-    while (not log.exists() or log.read_text().count("\n") < 3) and time.time() < deadline:
-        time.sleep(0.2)
-    return first, second
+def long_run(script, toy, tmp_path, number):
+    """Two processes with a long run of stage 1, of which the second gets a signal after the third line of the log. Without torchrun,
+    which would stop one process when the other leaves."""
+    return script("train_stage1.py", "--data", toy, "--batch-size", 8, "--steps", 5000, "--eval-every", 20, "--out", tmp_path / "run",
+                  ranks=2, signal=int(number), when=[str(tmp_path / "run" / "log.jsonl"), "\n", 3])
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(toy, tmp_path):
-    first, second = two_processes(toy, tmp_path)
-    second.terminate()
-    said = [process.communicate(timeout=60)[1] for process in (first, second)]
+def test_a_signal_to_one_process_stops_all_at_the_same_step(script, toy, tmp_path):
+    done = long_run(script, toy, tmp_path, signal.SIGTERM)
     step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
-    assert [first.returncode, second.returncode] == [143, 143], said
-    assert all(f"interrupted: step {step} of 5000 is saved" in err and err.count("\n") == 1 for err in said), said
+    assert done.returncode == [143, 143], done
+    assert done.stderr.count(f"interrupted: step {step} of 5000 is saved") == done.stderr.count("\n") == 2, done
 
 
-def test_a_process_that_dies_ends_the_run(toy, tmp_path):
-    first, second = two_processes(toy, tmp_path)
-    second.kill()
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 1 and "Traceback" not in err, err
-    assert "process 0: lost another process of this run; the last checkpoint is kept, go on with --resume" in err
+def test_a_process_that_dies_ends_the_run(script, toy, tmp_path):
+    done = long_run(script, toy, tmp_path, signal.SIGKILL)
+    assert done.returncode == [1, -9] and "Traceback" not in done.stderr, done
+    assert "process 0: lost another process of this run; the last checkpoint is kept, go on with --resume" in done.stderr
     assert (tmp_path / "run" / "state.pt").exists()

@@ -114,7 +114,7 @@ def load(name, run):
     return config["seed"]
 
 
-@pytest.mark.parametrize("name, stride", [("train_stage1.py", 9), ("train_stage2.py", 11),
+@pytest.mark.parametrize("name, stride", [("train_stage1.py", 13), ("train_stage2.py", 17),
                                           *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STAGES)])
 def test_training_killed_at_a_change_of_a_file(script, work, tmp_path, name, stride):
     """A new run over an old one: killed anywhere, the folder holds the old run as it was, or the new one whole and the old one, until

@@ -179,8 +179,9 @@ def test_a_run_loads_to_the_same_scores(run, toy, tmp_path, method):
     a, b = (load_ilm(tmp_path, torch.device("cpu")) for _ in range(2))
     prompt = a.prompt_ids("What would {user} like?", user=3)
     assert torch.equal(a.rank([prompt], a.trie()), b.rank([prompt], b.trie()))
-    saved = load_file(tmp_path / "model.safetensors")["tau"]
-    assert torch.equal(a.tau, saved) and (saved == 1) == ("nothing to train" in done.stdout) and saved != START_TEMPERATURE
+    best, last = load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
+    frozen = "nothing to train" in done.stdout
+    assert torch.equal(a.tau, best["tau"]) and (last["tau"] == 1) == frozen and abs(last["tau"] - START_TEMPERATURE) > 1e-4
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["method"] == method[0] and config["train_llm"] == ("--train-llm" in method)
 
