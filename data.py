@@ -121,7 +121,8 @@ class Dataset:
     def training_users(self, user, places):
         """Raw vectors (n, E) of a user as a training target at each place (n,) of the history meets
         them. No vector knows its target: it is folded in from what came before, or, where order does
-        not matter (recency 1), from all *other* training items, since short pasts make poor vectors."""
+        not matter (recency 1), from all *other* training items, since short pasts make poor vectors.
+        DEVIATION: the paper gives a user one vector, fitted to all training items."""
         if self.user_cf is not None and user < len(self.user_cf):
             return self.user_cf[[int(user)] * len(places)]
         history = self.items_of(user, "train")

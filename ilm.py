@@ -192,22 +192,15 @@ class ILM(nn.Module, Portable):
         ids = torch.tensor(
             [sum(self.name_ids[:64], [])[: min(256, self.context)]], device=self.cf.device
         )
-        reader, embeddings = (
-            self.llm.get_encoder() if self.seq2seq else self.llm.base_model,
-            self.llm.get_input_embeddings()(ids),
-        )
+        reader = self.llm.get_encoder() if self.seq2seq else self.llm.base_model
+        embeddings = self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
-        gain = (states[0] * embeddings).sum() / embeddings.pow(
-            2
-        ).sum()  # 1, but for types that multiply whatever is put in
+        # 1, but for types that multiply whatever is put in
+        gain = (states[0] * embeddings).sum() / embeddings.pow(2).sum()
         words = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median() / gain
-        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0)).to(
-            self.cf.device
-        )
-        probe = self.with_history(probe)
-        if not isinstance(
-            self.encoder, MLPEncoder
-        ):  # of many, some thousands of items and users will do
+        probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0))
+        probe = self.with_history(probe.to(self.cf.device))
+        if not isinstance(self.encoder, MLPEncoder):  # some thousands of items and users will do
             moments = training_moments(self.dataset.indptr, 2_000)
             recent = [
                 last_items(self.dataset.items_of(u), [place], self.history)
@@ -235,7 +228,8 @@ class ILM(nn.Module, Portable):
         return torch.cat([vectors, items.flatten(1)], 1)
 
     def shuffle_cf(self):
-        """A control: the CF vectors of all items are dealt out anew at random, and every user gets a stranger's; the same for every seed."""
+        """A control: the CF vectors of all items are dealt out anew at random, and every user gets a
+        stranger's (Examples.stranger); the same for every seed."""
         random = np.random.default_rng(0)
         order = torch.from_numpy(random.permutation(self.num_items)).to(self.cf.device)
         self.cf.copy_(self.cf[order])
@@ -246,10 +240,14 @@ class ILM(nn.Module, Portable):
     def prompt_ids(self, template, user=None, history=(), items=(), named=True, cf=None, guests=()):
         """Fill {user}, {history} and {item} -> a Prompt, in which soft tokens are SOFT_BASE + entity * Q + q.
 
-        user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and {history:7,8} say themselves whom they
-        mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name. The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted. What is too long for the context loses
-        its oldest history items, whole. `named=False` leaves the names of {item} out (text tasks). A list of templates is a
-        conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if there is one, is put around."""
+        user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and {history:7,8}
+        say themselves whom they mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name.
+        `named=False` leaves the names of {item} out (text tasks).
+
+        The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted.
+        What is too long for the context loses its oldest history items, whole. A list of templates is a
+        conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if
+        there is one, is put around."""
         tokens_only, history = (
             self.config["prompt_items"] == "tokens" and self.encoder is not None,
             list(history),
@@ -346,15 +344,12 @@ class ILM(nn.Module, Portable):
         if not len(place):
             return {}
         slot = flat[place] - SOFT_BASE
-        entity, inverse = torch.unique(
-            slot // self.Q, return_inverse=True
-        )  # each is encoded once, however often it occurs
-        guests = entity[entity >= self.num_items] - self.num_items  # sorted, so that they come last
-        vectors = (
-            nn.utils.rnn.pad_sequence([cf[n] for n in guests.tolist()], True)
-            if len(guests)
-            else torch.zeros(0, self.cf.shape[1])
-        )
+        # Each is encoded once, however often it occurs; users come last, since unique sorts
+        entity, inverse = torch.unique(slot // self.Q, return_inverse=True)
+        guests = (entity[entity >= self.num_items] - self.num_items).tolist()
+        vectors = torch.zeros(0, self.cf.shape[1])
+        if guests:
+            vectors = nn.utils.rnn.pad_sequence([cf[n] for n in guests], True)
         return {
             "soft_place": place,
             "soft_token": inverse * self.Q + slot % self.Q,
@@ -368,11 +363,9 @@ class ILM(nn.Module, Portable):
         if not soft or "soft_place" not in soft:
             return self.llm.get_input_embeddings()(ids)
         words = self.llm.get_input_embeddings()(ids.masked_fill(ids >= SOFT_BASE, 0))
-        items, users = self.cf[soft["soft_item"]], soft["soft_cf"].to(self.cf)
-        items = self.with_history(items)
-        users = (
-            users if users.shape[1] == items.shape[1] else self.with_history(users)
-        )  # a mixture of items
+        items, users = self.with_history(self.cf[soft["soft_item"]]), soft["soft_cf"].to(self.cf)
+        if users.shape[1] < items.shape[1]:  # a mixture of items
+            users = self.with_history(users)
         tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
         tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)

@@ -161,8 +161,11 @@ class CFKeys(nn.Module):
 
 
 class HistoryKeys(nn.Module):
-    """The last W items of a user's history, latest first (B, W * E), zeros where there is none -> keys (B, W + 1, D), one of them always
-    there, and which of them may be attended to (B, 1, 1, W + 1)."""
+    """The last W items of a user's history, latest first (B, W * E), zeros where there is none -> keys
+    (B, W + 1, D), one of them always there, and which of them may be attended to (B, 1, 1, W + 1).
+
+    A user's vector is a sum, behind which no query can look; here they can choose. The attention that
+    reads these keys begins at zero. DEVIATION: the paper's encoder reads the CF vector alone."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,6 +1,6 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about a minute and a half
+    python train_stage2.py                                                 # ILM on the toy world, CPU: about two minutes
     python train_stage2.py --method mlp --lr 1e-2                          # CoLLM's two-layer MLP in place of the Q-Former
     python train_stage2.py --method ilm-rand --lr 4e-3                     # a Q-Former that skipped stage 1
     python train_stage2.py --mix 0 0 1                                     # text tasks alone, as the paper trains its ELM-24 table
@@ -9,10 +9,11 @@
 
 The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION: where it is an item's name, p of each
 token is divided among the tokens that the catalogue allows there, exactly as when evaluate.py ranks: nothing is spent on spelling, and
-a name ends where it is decided (--full-vocabulary: the paper's loss). The gradient reaches item encoder and adapter through the frozen
-LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
+a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient reaches item
+encoder and adapter through the frozen LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at random per
+micro-step, whose rows have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
-    straightforward   a user alone: up to 20 of their training items are targets of one prompt
+    straightforward   a user alone: up to 20 of their training items, each asked for at its own moment
     text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
 The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
 
@@ -78,9 +79,9 @@ def pack(examples, num_items=0, Q=1):
 
     Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy world). A branch repeats its prompt's
     last token, since that is the one that predicts the target. The loss is that of the examples one by one (tests/test_ilm.py).
-    num_items, Q: of the model.
-    Returns a dict of lists: cf (the vectors of users), ids, position (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node
-    (of the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
+    num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position (in the
+    branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of the trie, among
+    whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
     cf, prompts, shared = [], [], []
     for prompt, *_ in examples:  # the vectors of all prompts, one after the other
         prompts.append(shifted(prompt, len(cf), num_items, Q))
@@ -113,21 +114,19 @@ def pack(examples, num_items=0, Q=1):
 def collate(rows, num_items=0, Q=1):
     """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels. "cf" is the list of
     all rows' vectors."""
-    longest, fill = (
-        max(len(row["ids"]) for row in rows),
-        {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1},
-    )
-    arrays, cf, own = (
-        {key: np.full((len(rows), longest), pad) for key, pad in fill.items()},
-        [],
-        SOFT_BASE + num_items * Q,
-    )
+    padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
+    shape = len(rows), max(len(row["ids"]) for row in rows)
+    arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
+    first_user, cf = SOFT_BASE + num_items * Q, []
     for r, row in enumerate(rows):
-        for key in fill:
+        for key in padding:
             arrays[key][r, : len(row[key])] = row[key]
-        arrays["ids"][r][arrays["ids"][r] >= own] += len(cf) * Q
+        ids = arrays["ids"][r]
+        ids[ids >= first_user] += (
+            len(cf) * Q
+        )  # the vectors of this row come after those of the rows before
         cf += row["cf"]
-    return {**{key: torch.from_numpy(x) for key, x in arrays.items()}, "cf": cf}
+    return {**{key: torch.from_numpy(array) for key, array in arrays.items()}, "cf": cf}
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
@@ -150,11 +149,10 @@ class Examples:
         self.users = np.array(
             [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
         )
-        self.stranger = np.random.default_rng(0).permutation(
-            len(dataset.users)
-        )  # whose vector a user gets where CF is shuffled
+        # Whose vector a user gets where CF is shuffled
+        self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
-    # -- vectors of users: none for the text-only baseline
+    # -- what stands for a user, with the last items behind it where encoders read them (with_history)
 
     def users_at(self, users, split):
         """Standardised vectors (B, E) when the target of `split` is asked for."""
@@ -166,13 +164,12 @@ class Examples:
         return self.model.with_history(vectors, np.concatenate(recent))
 
     def training_users(self, user, places):
+        """Standardised vectors (n, E) of a user as a training target at each place (n,) meets them."""
         if self.model.shuffled:
             others = self.users[self.stranger[user] % len(self.users)]
             places, user = places % len(self.dataset.items_of(others, "train")), others
-        vectors, history = (
-            self.dataset.standard_users(self.dataset.training_users(user, places)),
-            self.dataset.items_of(user, "train"),
-        )
+        vectors = self.dataset.standard_users(self.dataset.training_users(user, places))
+        history = self.dataset.items_of(user, "train")
         return self.model.with_history(vectors, last_items(history, places, self.model.history))
 
     # -- examples

@@ -105,7 +105,7 @@ run() {  # run METHOD SEED [evaluate flags]: train, evaluate, keep the JSON
 
 for part in $parts; do
     case $part in
-    search) for method in ilm ilm-rand mlp; do search $method; done ;;
+    search) for method in ${METHODS:-ilm ilm-rand mlp}; do search $method; done ;;
     main)  # seed by seed, so that an interrupted table has whole seeds
         for seed in $seeds; do
             run ilm "$seed" $([ "$seed" = 0 ] && echo $once)

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep, or a busy machine takes ten times as long
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -68,8 +70,7 @@ def script(tmp_path_factory):
     """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
     folder = tmp_path_factory.mktemp("forked")
     server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_WAIT_POLICY": "passive",
-                                   "TOKENIZERS_PARALLELISM": "false"})
+                              env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     assert server.stdout.readline() == "ready\n"
 
     def call(name, *argv, cwd=ROOT, **options):

@@ -61,7 +61,9 @@ def child(call, rank):
         MAINS[call["script"]]()
         return 0
     except SystemExit as left:
-        return left.code or 0
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        return 1 if isinstance(left.code, str) else left.code or 0
     except BaseException:
         traceback.print_exc()
         return 1

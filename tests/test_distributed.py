@@ -89,9 +89,9 @@ def test_two_processes_make_the_step_of_one(toy, of_two, name):
     for theirs in (found[name] for found in of_two):
         torch.testing.assert_close(theirs[0], losses, atol=1e-5, rtol=1e-5)
         assert theirs[1].keys() == gradients.keys() and len(gradients) > 10
-        for name in gradients:
-            torch.testing.assert_close(theirs[1][name], gradients[name], atol=1e-5, rtol=1e-5, msg=name)
-            torch.testing.assert_close(theirs[2][name], weights[name], atol=1e-5, rtol=1e-5, msg=name)
+        for key in gradients:
+            torch.testing.assert_close(theirs[1][key], gradients[key], atol=1e-5, rtol=1e-5, msg=key)
+            torch.testing.assert_close(theirs[2][key], weights[key], atol=1e-5, rtol=1e-5, msg=key)
 
 
 def test_both_stages_write_one_run(toy, script, tmp_path):

@@ -199,6 +199,8 @@ FLAGS = [  # script, flags, files, words
         (["--table", "nowhere"], {}, ["nowhere"]),
         (["--table", "t"], {"t": "{"}, ["--table"]), (["--table", "t"], {"t": "[1]"}, ["--table"]),
         (["--beams", -1], {}, ["--beams"]), (["--batch-size", 0], {}, ["--batch-size"]), (["--max-users", 0], {}, ["--max-users"]),
+        (["--sasrec", '{"x": 1}'], {}, ["--sasrec", "width"]), (["--sasrec", '{"width": "x"}'], {}, ["--sasrec", "width"]),
+        (["--sasrec", "[1]"], {}, ["--sasrec"]),
         (["--split", "train"], {}, ["--split", "test"]), (["--max-texts", "x"], {}, ["--max-texts"]), (["--seed", -1], {}, ["--seed"]),
         (["--run", "WORK/train_stage2", "--data", "nowhere"], {}, ["nowhere", "data.py"]),
         (["--run", "WORK/train_stage2", "--data", "WORK/data/toy", "--sc-encoder", "./nowhere", "--max-texts", 1, *EVALUATE, "--tasks",

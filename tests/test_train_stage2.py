@@ -190,7 +190,7 @@ def test_a_step_has_the_same_bits_every_time(make_ilm):
     """Large enough that kernels use both threads: index_put and index with repeated indices would differ in the last bit."""
     torch.set_num_threads(2)
     model = make_ilm().train()
-    batch = Examples(model, model.dataset).batch("sequential", 4, np.random.default_rng(0))
+    batch = Examples(model, model.dataset).batch("sequential", 8, np.random.default_rng(0))
     seen = []
     for _ in range(3):
         model.zero_grad()
