@@ -49,6 +49,9 @@ START_TEMPERATURE = 0.4  # of the frozen LLM's voice among the trie's children, 
 PRIORS = ("popularity", "uniform", "none")
 
 
+MENTION = re.compile(r"\{(user|history|item)(?::([\d,]+))?\}")
+
+
 class Prompt(list):
     """Token ids, and the standardised CF vectors [(E,), ...] that they mention beside the catalogue's: entity i < I is item i, entity
     I + n is cf[n]: a user at a moment, a mixture of items. So a user is nothing that the model knows: their vector travels along."""
@@ -89,6 +92,20 @@ def unpacked(batch):
             first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
             trunk = ((branch == 0) & (position < attach[own[0]])).nonzero()[:, 0]
             yield row * len(ids) + torch.cat([trunk, own[: first + 1]]), label[own[first:]]
+
+
+def frame(turns, tokenizer):
+    """The turns of a conversation, user and model in turn -> one text, and whether the tokenizer puts its own
+    special tokens around it. By the LLM's chat template, if it has one, with the model's next turn opened."""
+    if not tokenizer.chat_template:
+        said = [
+            (" ", "\n")[k % 2] + turn for k, turn in enumerate(turns[1:])
+        ]  # answers after a space
+        return turns[0] + "".join(said), True
+    roles = [
+        {"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)
+    ]
+    return tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True), False
 
 
 def shifted(ids, count, num_items, Q):
@@ -238,89 +255,73 @@ class ILM(nn.Module, Portable):
     # -- prompts
 
     def prompt_ids(self, template, user=None, history=(), items=(), named=True, cf=None, guests=()):
-        """Fill {user}, {history} and {item} -> a Prompt, in which soft tokens are SOFT_BASE + entity * Q + q.
+        """Fill a template, tokenise it, fit it into the context -> a Prompt, in which soft tokens are
+        SOFT_BASE + entity * Q + q.
 
         user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and {history:7,8}
         say themselves whom they mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name.
-        `named=False` leaves the names of {item} out (text tasks).
-
-        The text is tokenised once, as a whole; soft tokens replace the reserved token one by one, counted.
-        What is too long for the context loses its oldest history items, whole. A list of templates is a
-        conversation, user and model in turn, whose oldest turns go first. A tokenizer's chat template, if
-        there is one, is put around."""
-        tokens_only, history = (
-            self.config["prompt_items"] == "tokens" and self.encoder is not None,
-            list(history),
-        )
-        turns, chat = (
-            [template] if isinstance(template, str) else template,
-            self.tokenizer.chat_template,
-        )
+        `named=False` leaves the names of {item} out (text tasks). A list of templates is a conversation, user
+        and model in turn. What is too long loses its oldest history items, whole, then its oldest turns."""
+        turns, history = [template] if isinstance(template, str) else template, list(history)
         while True:
-            entities, queue, vectors = [], list(items), list(guests)
-
-            def soft(entity):
-                entities.append(entity)
-                return SOFT * self.Q if self.encoder is not None else ""
-
-            def person(number, vector=None):
-                if self.encoder is None:
-                    return self.dataset.users[number] if number is not None else ""
-                if vector is None:
-                    vector = self.dataset.standard_users(self.dataset.users_at([number]))
-                    items = self.dataset.items_of(number)
-                    vector = self.with_history(
-                        vector, last_items(items, [len(items)], self.history)
-                    )[0]
-                vectors.append(vector)
-                return soft(self.num_items + len(vectors) - 1)
-
-            def mention(item, with_name=True):
-                return (
-                    self.names[item]
-                    if with_name and not tokens_only and item < self.num_items
-                    else ""
-                ) + soft(item)
-
-            def fill(match):
-                given = [int(i) for i in match[2].split(",")] if match[2] else None
-                if match[1] == "user":
-                    return f"user {person(*given) if given else person(user, cf)}"
-                if match[1] == "item":
-                    return mention(given[0] if given else queue.pop(0), named) or "this item"
-                return ", ".join(mention(int(i)) for i in given or history)
-
-            text = [
-                re.sub(r"\{(user|history|item)(?::([\d,]+))?\}", fill, turn.replace(SOFT, ""))
-                for turn in turns
-            ]
-            if chat:
-                text = [
-                    {"role": ("user", "assistant")[k % 2], "content": turn}
-                    for k, turn in enumerate(text)
-                ]
-                text = self.tokenizer.apply_chat_template(
-                    text, tokenize=False, add_generation_prompt=True
-                )
-            else:
-                text = text[0] + "".join(
-                    (" ", "\n")[k % 2] + turn for k, turn in enumerate(text[1:])
-                )  # answers after a space
-            ids = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
-            if self.encoder is not None:
-                slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])
-                assert ids.count(self.soft_id) == self.Q * len(entities), (
-                    "the tokenizer lost a soft token"
-                )
-                ids = [next(slots) if i == self.soft_id else i for i in ids]
-            if len(ids) + self.reserve <= self.context or not history and len(turns) < 3:
+            prompt = self.tokenise(*self.filled(turns, user, history, items, named, cf, guests))
+            if len(prompt) + self.reserve <= self.context or not history and len(turns) < 3:
                 break
             history, turns = history[1:], turns if history else turns[2:]
-        if not 0 < len(ids) <= self.context - self.reserve:
+        if not 0 < len(prompt) <= self.context - self.reserve:
             raise InputError(
-                f"a prompt of {len(ids)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
-                f"{self.context}; shorten it, or the names by --name-tokens: {text[:60]!r}"
+                f"a prompt of {len(prompt)} tokens and {self.reserve} for the answer do not fit the LLM's context of "
+                f"{self.context}; shorten it, or the names by --name-tokens: {turns[0][:60]!r}"
             )
+        return prompt
+
+    def filled(self, turns, user, history, items, named, cf, guests):
+        """Templates with names and reserved tokens in place of {user}, {history} and {item} -> the texts, which
+        entities the reserved tokens stand for, in order, and the vectors of those that are no items."""
+        entities, vectors, queue = [], list(guests), list(items)
+        with_names = self.config["prompt_items"] != "tokens" or self.encoder is None
+
+        def soft(entity):
+            entities.append(entity)
+            return SOFT * self.Q if self.encoder is not None else ""
+
+        def mention(match):
+            given = [int(i) for i in match[2].split(",")] if match[2] else None
+            if match[1] == "history":
+                known = given or history
+                return ", ".join(
+                    (self.names[i] if with_names else "") + soft(int(i)) for i in known
+                )
+            if match[1] == "item":
+                item = given[0] if given else queue.pop(0)
+                name = self.names[item] if named and with_names and item < self.num_items else ""
+                return (name + soft(item)) or "this item"
+            person = given[0] if given else user
+            if self.encoder is None:
+                return f"user {self.dataset.users[person] if person is not None else ''}"
+            vectors.append(self.user_now(person) if cf is None or given else cf)
+            return f"user {soft(self.num_items + len(vectors) - 1)}"
+
+        texts = [MENTION.sub(mention, turn.replace(SOFT, "")) for turn in turns]
+        return texts, entities, vectors
+
+    def user_now(self, user):
+        """What encoders read (E',) of a user of the data set after all that they chose."""
+        vector = self.dataset.standard_users(self.dataset.users_at([user]))
+        items = self.dataset.items_of(user)
+        return self.with_history(vector, last_items(items, [len(items)], self.history))[0]
+
+    def tokenise(self, texts, entities, vectors):
+        """The turns of a conversation, framed as the LLM is used to, as one text -> a Prompt. Soft tokens
+        replace the reserved token one by one, counted."""
+        framed, special = frame(texts, self.tokenizer)
+        ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
+        if self.encoder is not None:
+            slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])
+            assert ids.count(self.soft_id) == self.Q * len(entities), (
+                "the tokenizer lost a soft token"
+            )
+            ids = [next(slots) if i == self.soft_id else i for i in ids]
         return Prompt(ids, vectors)
 
     def target_ids(self, text):

@@ -448,7 +448,8 @@ def costs(config, rows, length, targets):
     return flop, saved
 
 
-SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking, "stage2": bench_stage2, "cf": bench_cf, "moment": bench_moment, "prepare": bench_prepare,
+SECTIONS = {"stage1": bench_stage1, "ranking": bench_ranking, "stage2": bench_stage2, "cf": bench_cf, "moment": bench_moment,
+            "prepare": bench_prepare,
             "catalogue": bench_catalogue, "share": bench_share}
 
 

@@ -45,6 +45,25 @@ def test_a_prompt_carries_its_users_at_their_moment(make_ilm):
     assert make_ilm("text").prompt_ids("For {user}:", user=7).cf == []
 
 
+def test_an_encoder_that_names_no_history_reads_plain_vectors(make_ilm, monkeypatch):
+    class Plain(torch.nn.Module):
+        width = 6
+
+        def encode(self, cf):
+            assert cf.shape[1] == 12
+            return cf.view(-1, 2, 6)
+
+    monkeypatch.setattr(ilm, "make_encoder", lambda *_: Plain())
+    model = make_ilm(num_queries=2)
+    assert model.history == 0 and model.tau.requires_grad
+    vector, = model.prompt_ids("For {user}:", user=7).cf
+    torch.testing.assert_close(vector, as_read(model, [model.dataset.items_of(7)])[0])
+    assert model.soft_tokens(model.with_history(model.cf)).shape == (120, 2, model.hidden)
+    for kind in ("sequential", "straightforward", "text"):
+        batch = Examples(model, model.dataset).batch(kind, 2, np.random.default_rng(0))
+        assert torch.isfinite(model(batch)[0])
+
+
 def test_text_tasks_never_name_the_item(make_ilm):
     model = make_ilm()
     ids = model.prompt_ids("Describe {item}.", items=[4], named=False)
@@ -139,7 +158,8 @@ def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
     same_prompt = [(model.prompt_ids("What would {user} like?", user=1), model.name_ids[i]) for i in (3, 8, 50)]
     single = [(model.prompt_ids("Describe {item}.", items=[3], named=False), model.target_ids("A western."))]
     template = examples.templates["sequential", "seen"][0]  # the user at its end
-    shared = [(prompt, model.name_ids[i]) for prompt, i in zip(examples.prefixes(0, window, examples.training_users(0, np.arange(1, 9)), template), window[1:])]
+    prefixes = examples.prefixes(0, window, examples.training_users(0, np.arange(1, 9)), template)
+    shared = [(prompt, model.name_ids[i]) for prompt, i in zip(prefixes, window[1:])]
     rows = [sequential, shared, same_prompt, single]
     with torch.no_grad():
         total, packed = model(examples.collate([examples.pack(row) for row in rows]))

@@ -154,7 +154,8 @@ FLAGS = [  # script, flags, files, words
     *(("data.py", argv, {}, words) for argv, words in [
         (["--dataset", "netflix"], ["--dataset", "netflix", "movielens"]), (["--dataset", "csv"], ["needs --source"]),
         (["--cf-dim", 0], ["--cf-dim", "at least 1"]), (["--cf-dim", "many"], ["--cf-dim", "many"]), (["--min-count", -1], ["--min-count"]),
-        (["--recency", 0], ["--recency", "at least 0.01"]), (["--recency", 1.1], ["--recency", "at most 1"]), (["--recency", "nan"], ["--recency"]),
+        (["--recency", 0], ["--recency", "at least 0.01"]), (["--recency", 1.1], ["--recency", "at most 1"]),
+        (["--recency", "nan"], ["--recency"]),
         (["--reg", 0], ["--reg", "at least 1e-06"]), (["--reg", "inf"], ["--reg"]), (["--a0", -1], ["--a0", "at least 0"]),
         (["--min-count", 10**9], ["nothing is left", "lower it"]), (["--max-users", 0], ["--max-users", "at least 1"]),
         (["--seed", -1], ["--seed", "at least 0"]), (["--seed", 2**64], ["--seed", "at most"]), (["--wordl-seed", 1], ["--wordl-seed"]),
@@ -302,7 +303,8 @@ BROKEN = [  # script, flags, file, what is done to it, words
         ("cf.npz", half, ["cf.npz: differs", "prepare the folder again"]), ("users.txt", text(""), ["users.txt: differs"]),
         ("meta.json", half, ["data/toy", "prepare the folder again"]), ("meta.json", text("{}"), ["data/toy", "format 1, now 2"]),
         ("meta.json", edit(sha256=None), ["data/toy", "sha256"]), ("meta.json", edit(format=3), ["data/toy", "prepare it again"]),
-        ("meta.json", edit(cf={"settings": {"d": 1}}), ["data/toy", "prepare the folder again"]), ("meta.json", edit(cf=None), ["data/toy"]),
+        ("meta.json", edit(cf={"settings": {"d": 1}}), ["data/toy", "prepare the folder again"]),
+        ("meta.json", edit(cf=None), ["data/toy"]),
         ("meta.json", edit(sha256={}, held_out={}), ["data/toy"])]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/model.safetensors", half, ["--llm llm"]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", half, ["--llm llm"]),
@@ -637,7 +639,8 @@ def test_test_items_influence_no_prepared_file(planted):
     a, b = planted
     same = {f: (a.path / f).read_bytes() == (b.path / f).read_bytes() for f in ("cf.npz", "items.jsonl", "tasks.jsonl", "users.txt")}
     assert all(same.values()), same
-    assert a.meta["held_out"] == b.meta["held_out"] and a.meta["cf"] == b.meta["cf"] and (a.path / "sequences.npz").read_bytes() != (b.path / "sequences.npz").read_bytes()
+    assert a.meta["held_out"] == b.meta["held_out"] and a.meta["cf"] == b.meta["cf"]
+    assert (a.path / "sequences.npz").read_bytes() != (b.path / "sequences.npz").read_bytes()
 
 
 def test_test_items_influence_no_pair_history_prompt_or_target(planted):
