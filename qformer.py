@@ -109,20 +109,21 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Shared self-attention; cross-attention to the CF keys for queries alone; a feed-forward for each kind.
+    """Shared self-attention; cross-attention to the CF keys for queries alone, or to the keys of the
+    history, or neither; a feed-forward for each kind.
 
-    keep: return the first `keep` states alone (None: all). The others are still attended to, as keys and values.
-    pair (N,): x has a row for each text, cf_keys one for each of N (item, text) pairs; pair[n] is the text of pair n."""
+    keep: return the first `keep` states alone (None: all). The others are still attended to, as keys and
+    values. pair (N,): x has a row for each text, cf_keys one for each of N (item, text) pairs; pair[n] is
+    the text of pair n."""
 
-    def __init__(self, config, cross):
+    def __init__(self, config, cross, history):
         super().__init__()
         self.self_attention = Attention(config.width, config.heads, config.dropout)
-        self.history_attention = (
-            Attention(config.width, config.heads, config.dropout) if config.history else None
-        )
-        self.cross_attention = (
-            Attention(config.width, config.heads, config.dropout) if cross else None
-        )
+        self.cross_attention, self.history_attention = None, None
+        if cross:
+            self.cross_attention = Attention(config.width, config.heads, config.dropout)
+        if history:
+            self.history_attention = Attention(config.width, config.heads, config.dropout)
         self.query_ffn = FeedForward(config.width, config.dropout)
         self.text_ffn = FeedForward(config.width, config.dropout)
 
@@ -131,14 +132,11 @@ class Layer(nn.Module):
             mask = mask[..., :keep, :]
         x = self.self_attention(x[:, :keep], x, mask)
         queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
-        if pair is not None:
-            queries, text = (
-                queries.index_select(0, pair),
-                text.index_select(0, pair),
-            )  # [pair] has a backward that differs from run to run
+        if pair is not None:  # index_select: [pair] has a backward that differs from run to run
+            queries, text = queries.index_select(0, pair), text.index_select(0, pair)
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
-        if num_queries and history is not None:
+        if self.history_attention is not None and history is not None:
             queries = self.history_attention(queries, *history)
         return torch.cat([self.query_ffn(queries), text], 1)
 
@@ -208,7 +206,13 @@ class QFormer(nn.Module):
         self.words = nn.Embedding(config.vocab_size, D)
         self.positions = nn.Embedding(config.max_text, D)  # text alone: queries have no order
         self.norm = nn.LayerNorm(D, eps=1e-12)
-        self.layers = nn.ModuleList(Layer(config, cross=i % 2 == 0) for i in range(config.layers))
+        # Every second layer reads the CF vector; those between read the history, when queries know the user
+        reads_history = [
+            config.history > 0 and (i % 2 == 1 or config.layers == 1) for i in range(config.layers)
+        ]
+        self.layers = nn.ModuleList(
+            Layer(config, i % 2 == 0, reads) for i, reads in enumerate(reads_history)
+        )
         # Heads, one a loss
         self.query_proj, self.text_proj = (
             nn.Linear(D, config.proj_dim),
@@ -234,12 +238,11 @@ class QFormer(nn.Module):
         ):
             nn.init.normal_(cross.value.weight, std=D**-0.5)
             nn.init.normal_(cross.out.weight, std=D**-0.5)
-        if (
-            config.history
-        ):  # the history says nothing at first, and learns what the vector leaves out
+        if config.history:  # it says nothing at first, and learns what the vector leaves out
             nn.init.normal_(self.history_keys.linear.weight, std=config.cf_dim**-0.5)
             nn.init.normal_(self.history_keys.places, std=1.0)
-            for layer in self.layers:
+        for layer in self.layers:
+            if layer.history_attention is not None:
                 nn.init.normal_(layer.history_attention.value.weight, std=D**-0.5)
                 nn.init.zeros_(layer.history_attention.out.weight)
 
