@@ -18,6 +18,7 @@ Equal times keep the order of the file (the sort is stable). The folder appears 
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment* (section "Users at a moment")."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -41,15 +42,8 @@ from assets.guard import (
     within,
     write_atomically,
 )
-from assets.readers import (
-    MOVIELENS_URL,
-    find,
-    load_cf,
-    read_csv,
-    read_items,
-    read_movielens,
-    read_openp5,
-)
+from assets.readers import FILES, MOVIELENS_URL, READERS, check_ids, find, load_cf, read_items
+from assets.tables_in import a_column, split_name
 from assets.toy_world import toy_interactions, toy_world
 
 RANKING_TASKS = ("sequential", "straightforward")
@@ -291,7 +285,8 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
     if style != "title":
         with reading(f"--item-names {style}", "give title, random or a file with lines `id name`"):
             lines = Path(style).read_text(encoding="utf-8-sig").splitlines()
-            index = dict(line.split(maxsplit=1) for line in lines if len(line.split()) > 1)
+            known = {item["id"] for item in dataset.items}
+            index = dict(split_name(line.strip(), known) for line in lines if len(line.split()) > 1)
         missing = [item["id"] for item in dataset.items if item["id"] not in index]
         if missing:
             raise InputError(
@@ -301,18 +296,29 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
             ("item_" if index[item["id"]].isdigit() else "") + index[item["id"]].strip()
             for item in dataset.items
         ]
-    names, length = {}, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    encode = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True).strip()
     special = re.compile(
         "|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens]))
     )  # an end token in a title would end its name
+    names = {}  # tokens: (id, name); titles that differ in no token are equal to the LLM
     for item in dataset.items:
-        title, count, suffix = special.sub("", item["title"]), 1, ""
-        ids, name = tokenizer(" " + title, add_special_tokens=False)["input_ids"], title
-        while not name or name in names or max_tokens and name == title and len(ids) > max_tokens:
-            name = tokenizer.decode(ids[: max(1, max_tokens - length(suffix))]).strip() + suffix
-            count, suffix = count + 1, f" {count + 1}"
-        names[name] = True
-    return list(names)
+        name = title = special.sub("", item["title"])
+        tokens = ids = encode(" " + title)
+        count, before = 1, None
+        while not name or tokens in names or max_tokens and name == title and len(ids) > max_tokens:
+            unseen = count > 2 and tokens == before or not decode(tokens)
+            if name and tokens in names and unseen:
+                raise InputError(
+                    f"--item-names title: the tokenizer knows no letter by which the items {names[tokens][0]!r} and {item['id']!r} "
+                    "differ; take another LLM or --item-names random"
+                )
+            before, suffix = tokens, f" {count}" if count > 1 else ""
+            short = ids[: max(1, max_tokens - len(encode(suffix)))]
+            name = (tokenizer.decode(short).strip() if max_tokens else title) + suffix
+            tokens, count = encode(" " + name), count + 1
+        names[tokens] = item["id"], name
+    return [name for _, name in names.values()]
 
 
 def load_prompts(path=None):
@@ -432,23 +438,13 @@ def read_source(args):
         return *toy_interactions(world, args.max_users or 1000, args.seed), {
             item["id"]: item for item in world["items"]
         }
-    log = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}[args.dataset](
-        args.source
-    )
-    names = (
-        ["u.item", "movies.dat", "movies.csv"]
-        if args.dataset == "movielens"
-        else ["items.tsv", "items.csv", "items.jsonl"]
-    )
-    table = read_items(
-        path := Path(args.items) if args.items else find(args.source, names, args.dataset)
-    )
+    chosen = dict(args.columns or ())
+    log = READERS[args.dataset](args.source, chosen)
+    path = args.items or find(args.source, FILES[args.dataset][1], args.dataset)
+    table = read_items(Path(path), chosen)
     if not len(log[0]):
         raise InputError(f"--source {args.source}: no interactions in it")
-    if not any(i in table for i in np.unique(log[1]).astype(str).tolist()):
-        raise InputError(
-            f"{path}: knows none of the items of --source {args.source}; give the item table of this log by --items"
-        )
+    check_ids(Path(path), log[1], table)
     return *log, table
 
 
@@ -545,9 +541,24 @@ def prepare(args):
     *log, table = read_source(args)
     user_ids, item_ids, users, items = filter_and_sort(*log, args)
     U, I = len(user_ids), len(item_ids)
+    if I < 2:
+        raise InputError(
+            f"--source {args.source}: one item alone, {item_ids[0]}; a recommender needs some to choose from"
+        )
     indptr = np.concatenate([[0], np.bincount(users, minlength=U).cumsum()])
     lengths = np.diff(indptr)
     print(f"{args.dataset}: {U:,} users, {I:,} items, {len(users):,} interactions")
+    catalogue = [
+        dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids
+    ]
+    if renamed := unique_titles(catalogue):
+        print(
+            f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")'
+        )
+    if args.look:
+        from assets.look import look  # it needs this file
+
+        return look(catalogue)
     item_cf, user_cf, settings, measured = find_cf(users, items, indptr, I, args)
     solver = UserSolver(item_cf, settings)
     stats = user_statistics(solver, user_cf, items, indptr)
@@ -560,13 +571,6 @@ def prepare(args):
         )
         X = als_solve(item_cf, length_batches(owner, chosen, U, I), U, settings)
     gram = X.T @ X
-    catalogue = [
-        dict(table.get(x) or {"id": x, "title": "", "text": "", "attributes": {}}) for x in item_ids
-    ]
-    if renamed := unique_titles(catalogue):
-        print(
-            f'note: {renamed} titles were empty or equal to another and got a name of their own ("item ID", " (2)")'
-        )
     splits = [item_split(Path(args.out).name, x) for x in item_ids]
     tasks = text_tasks(catalogue, splits, load_prompts(), item_cf, args.seed)
     meta = {
@@ -628,6 +632,19 @@ def parse_args(argv=None):
     p.add_argument(
         "--items",
         help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)",
+    )
+    p.add_argument(
+        "--columns",
+        nargs="+",
+        type=a_column,
+        metavar="ROLE=NAME",
+        help="columns that are not found by their names: user=A item=B time=C, of the item table id=A title=B text=C",
+    )
+    p.add_argument(
+        "--look",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print what was understood of the files, and write nothing",
     )
     p.add_argument(
         "--out", help="prepared folder to write [data/toy, or data/ and the source's name]"

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,8 @@ from assets.guard import (
     within,
     write_file,
 )
-from assets.run import commit, from_pretrained, pick_device, read_config
-from assets.sasrec import Settings, train_sasrec
+from assets.run import check_fingerprint, commit, from_pretrained, pick_device, read_config
+from assets.sasrec import Settings, sasrec_settings, train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, load_dataset, training_part
@@ -451,6 +452,8 @@ def recommend(run, args, device):
             for u, items, v in zip(chunk, had, cf)
         ]
         for u, found in zip(chunk, model.recommend(prompts, had)):
+            if not found:
+                print(f"note: {dataset.users[u]} has every item already", file=sys.stderr)
             for place, (i, log_p) in enumerate(found, 1):
                 print(
                     dataset.users[u],
@@ -525,7 +528,7 @@ def parse_args(argv=None):
         "--sasrec",
         nargs="?",
         const={},
-        type=json.loads,
+        type=sasrec_settings,
         metavar="JSON",
         help="train SASRec as one more reference, with these settings [its defaults]",
     )
@@ -572,6 +575,17 @@ def parse_args(argv=None):
     return args
 
 
+def is_current(run, data=None):
+    """Does a run found in out/NAME belong to the data as they are now? If not, a line says so."""
+    config = read_config(run)
+    try:
+        check_fingerprint(config, load_dataset(data or config["data"]), run)
+    except InputError as error:
+        print(printable(f"note: left out: {error}"), file=sys.stderr)
+        return False
+    return True
+
+
 def main():
     args = parse_args()
     if args.table:
@@ -592,6 +606,10 @@ def main():
         return recommend((args.run or [str(folder / "ilm")])[0], args, device)
     for run in runs:  # a mistake is said before the first evaluation, not after it
         read_config(run)
+    if not args.run:
+        runs = [run for run in runs if is_current(run, args.data)]
+        if not runs:
+            raise InputError(f"no runs in {folder} belong to its data; train again")
     results = [evaluate_run(run, args, device) for run in runs]
     if args.json:
         write_file(Path(args.json), lambda f: f.write_text(json.dumps(results)))

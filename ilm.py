@@ -152,7 +152,10 @@ class ILM(nn.Module, Portable):
         )  # zero_soft: a control of evaluate.py
         self.hidden, self.adapter = llm.get_input_embeddings().embedding_dim, None
         self.check_llm()
-        self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
+        if config.get("full_vocabulary"):
+            self.set_prior("none", "fixed")  # its loss knows no trie
+        else:
+            self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
         if encoder is not None:
             self.adapter = (
                 nn.Identity()

@@ -117,7 +117,9 @@ class Chat:
         )  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
         if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
             raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
-        return re.sub(r"\{(item|user|history):([^{}]+)\}|\[([^][]+)\]", mention, text)
+        return re.sub(
+            r"\{(item|user|history):([^{}]+)\}|\[((?:[^][]|\[[^][]*\])+)\]", mention, text
+        )
 
     # -- Replies
 

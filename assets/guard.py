@@ -57,6 +57,11 @@ def run_script(main):
         raise SystemExit(status) from None
 
     signals.gently, signals.came = False, None
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(
+            AttributeError
+        ):  # letters that a terminal's encoding lacks come out as escapes
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         if (
             signal.getsignal(number) != signal.SIG_IGN

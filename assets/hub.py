@@ -40,6 +40,8 @@ class Portable(
 ):
     """check_llm and export; ILM.from_pretrained, save_pretrained, push_to_hub."""
 
+    _hub_mixin_config = {}  # else the mixin keeps a copy of all arguments, the whole data set among them
+
     @torch.no_grad()
     def check_llm(self):
         """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""

@@ -9,8 +9,18 @@ import torch
 
 from assets.cf import UserSolver, solve_rows
 from assets.guard import InputError
-from assets.readers import read_csv, read_items
+from assets.readers import FILES, files, read_csv, read_items
 from data import standardise, unique_titles
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
+def tell(table):
+    """Tables of recommendations are written to stdout: what had to be done to a file goes to stderr."""
+    if table.remarks:
+        note(table.line())
 
 
 def new_names(pairs, known, others):
@@ -39,24 +49,25 @@ def extend(dataset, folder):
     """The data set with the users and items that are new in folder/interactions.csv after its own (items.csv says what the items are), and
     the histories of all. A new user is a history like any other; a new item is folded in from the known users who chose it. Who meets
     nothing known is left out with a note; the vectors of known items stay as they are."""
-    if not (Path(folder) / "interactions.csv").is_file():
+    if not files(folder, FILES["csv"][0]):
         raise InputError(f"--new {folder}: no interactions.csv in it")
-    users, items, times = read_csv(folder)
-    table, pairs = (
-        {},
-        np.stack([users, items], 1)[np.argsort(times, kind="stable")].astype(str).tolist(),
-    )
-    for name in ("items.csv", "items.tsv", "items.jsonl"):
-        table |= read_items(Path(folder) / name) if (Path(folder) / name).is_file() else {}
+    users, items, times = read_csv(folder, say=tell)
+    order = np.argsort(times, kind="stable")
+    pairs, table = np.stack([users, items], 1)[order].astype(str).tolist(), {}
+    for path in files(folder, FILES["csv"][1]):
+        table |= read_items(path, say=tell)
     number = lambda names: {name: k for k, name in enumerate(names)}
     known_users, known_items = number(dataset.users), number(item["id"] for item in dataset.items)
     new_users = new_names(pairs, known_users, known_items)
     new_items = new_names([(item, user) for user, item in pairs], known_items, known_users)
     lost = [name for met in (new_items, new_users) for name in met if not met[name]]
     if lost:
-        print(
-            f"note: {len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}",
-            file=sys.stderr,
+        note(
+            f"{len(lost)} users and items of {folder} meet nothing known and are left out, first {lost[0]}"
+        )
+    if idle := sorted(table.keys() - known_items.keys() - {item for _, item in pairs}):
+        note(
+            f"{len(idle)} items of {folder} were chosen by nobody and are left out, such as {idle[0]!r}"
         )
     new_users, new_items = (
         {name: numbers for name, numbers in met.items() if numbers}
@@ -81,13 +92,15 @@ def extend(dataset, folder):
     sequences = [dataset.items_of(u).tolist() for u in range(len(dataset.users))] + [
         [] for _ in new_users
     ]
-    for user, item in pairs:  # what the file repeats counts once
-        if (
-            user in user_number
-            and item in item_number
-            and item_number[item] not in sequences[user_number[user]]
-        ):
-            sequences[user_number[user]].append(item_number[item])
+    again = 0
+    for user, item in pairs:
+        if user in user_number and item in item_number:
+            if item_number[item] in sequences[user_number[user]]:
+                again += 1
+            else:
+                sequences[user_number[user]].append(item_number[item])
+    if again:
+        note(f"{again} interactions of {folder} repeat what a user has already; each counts once")
     solver = UserSolver(raw, dataset.solver.settings, gram=dataset.solver.gram)
     purchases = torch.cat(
         [dataset.purchases, torch.zeros(len(new_items))]

@@ -1,111 +1,146 @@
 """The raw files of each source, read for data.py: interaction logs, item tables, CF vectors from elsewhere. Everything that a user
-can get wrong in them is said in one line (InputError). To read a format of your own, write one more function like these.
+can get wrong in them is said in one line (InputError). What a table may look like stands in tables_in.py; to read a format of your
+own, write one more function like these.
 
 A log becomes three arrays of equal length, in file order: users, items, times. An item table becomes
 {id: {"title", "text", "attributes"}}."""
 
-import csv
-import html
-import json
-import math
 import re
+import sys
+from array import array
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from assets.guard import CONTROL, InputError, printable, reading
+from assets.guard import CONTROL, InputError, reading
+from assets.tables_in import MISSING, Table, clean, flatten, moment
 
 ML_GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
     "Mystery Romance Sci-Fi Thriller War Western"
 ).split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
-ID_KEYS = ("id", "item", "item_id", "movieId", "asin")
+FILES = {  # of each --dataset: the log, and the item table; each may end in .gz
+    "movielens": (
+        ["u.data", "ratings.dat", "ratings.csv"],
+        ["u.item", "movies.dat", "movies.csv"],
+    ),
+    "openp5": (["user_sequence.txt"], ["items.tsv", "items.csv", "items.jsonl", "items.json"]),
+    "csv": (
+        [*(f"interactions.{end}" for end in ("csv", "tsv", "jsonl", "json", "txt")), "*.inter"],
+        [*(f"items.{end}" for end in ("tsv", "csv", "jsonl", "json", "txt")), "*.item"],
+    ),
+}
+
+
+def files(source, names):
+    """The files of a folder that have one of these names, zipped or not."""
+    paths = [
+        p for name in names for end in ("", ".gz") for p in sorted(Path(source).glob(name + end))
+    ]
+    return [path for path in paths if path.is_file()]
 
 
 def find(source, names, dataset):
-    for name in names:
-        if source and (Path(source) / name).is_file():
-            return Path(source) / name
+    """The first file of `source` that has one of these names. InputError where there is none."""
+    if found := files(source, names):
+        if len(found) > 1:
+            print(f"note: {found[0]} is read, {found[1].name} is not", file=sys.stderr)
+        return found[0]
     where = f"; get it from {MOVIELENS_URL} and unpack it there" if dataset == "movielens" else ""
     raise InputError(f"--source {source}: no {' or '.join(names)} in it{where}")
+
+
+def tell(table):
+    print(table.line("left out" if "user" in table.roles else "attributes"))
 
 
 def clean_id(value, path, number):
     """Ids stand one a line in users.txt and are looked up as they are: no control characters, nothing empty, nothing endless."""
     value = str(value).strip()
-    if not value or len(value) > 1000 or CONTROL.search(value):
+    if value in MISSING or len(value) > 1000 or CONTROL.search(value):
         raise InputError(
             f"{path}, line {number}: the id {value[:50]!r} is empty, too long or has control characters; rename it"
         )
     return value
 
 
-def read_movielens(source):
-    """u.data, ratings.dat or ratings.csv: columns user, item, rating, timestamp. numpy's C reader does a million lines a second."""
-    path = find(source, ["u.data", "ratings.dat", "ratings.csv"], "movielens")
-    separator = {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix]
-    with open(path, encoding="utf-8-sig") as f:
+# ---- Logs ------------------------------------------------------------------------------------------------------------
+
+
+class Ids:
+    """A column of ids, kept as numbers while a log is read."""
+
+    def __init__(self, path, kind):
+        self.path, self.kind, self.known, self.names, self.rows = path, kind, {}, [], array("q")
+
+    def add(self, value, number):
+        code = self.known.get(value)
+        if code is None:
+            name = clean_id(value, self.path, number)
+            if self.kind is np.int64 and not (name.isdecimal() and len(name) < 19):
+                raise InputError(
+                    f"{self.path}, line {number}: expected a whole number, found the id {name[:50]!r}; mend or remove the line"
+                )
+            code = self.known[value] = len(self.names)
+            self.names.append(name)
+        self.rows.append(code)
+
+    def array(self):
+        return np.array(self.names, dtype=self.kind)[np.frombuffer(self.rows, dtype=np.int64)]
+
+
+def read_log(path, chosen=None, say=tell, kind=str):
+    """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no int64 holds become their ranks."""
+    table = Table(path, ("user", "item", "time"), ("user", "item", "time"), chosen or {})
+    users, items, times = Ids(path, kind), Ids(path, kind), array("q")
+    known = None
+    for number, names, row in table.rows():
+        if names != known:
+            known, place = names, table.find(names, number)
+            u, i, t = (place[role] for role in table.required)
+            table.others |= {n: True for n in names if n not in table.columns.values()}
+        if not isinstance(row[u], str) or not isinstance(row[i], str):
+            row[u], row[i] = str(row[u]), str(row[i])
         try:
-            if separator == "," and not f.readline().lower().startswith("userid,movieid,"):
-                raise ValueError("no header")
-            begin = f.tell()
-            if not f.read(1):
-                raise InputError(f"{path}: no interactions in it; unpack it again")
-            f.seek(begin)
-            rows = (line.replace("::", "\t") for line in f) if separator == "::" else f
-            table = np.loadtxt(
-                rows,
-                delimiter=separator.replace("::", "\t"),
-                usecols=(0, 1, 3),
-                ndmin=2,
-                comments=None,
-            )
-            if (
-                not (np.isfinite(table) & (table >= 0) & (table < 2**53)).all()
-                or (table[:, :2] % 1).any()
-            ):
-                raise ValueError("a number out of range")
-        except InputError:
-            raise
+            time = moment(str(row[t]).strip())
         except ValueError:
-            raise first_bad_line(path, separator) from None
-    return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
-
-
-def first_bad_line(path, separator):
-    """Only where numpy's reader has failed: which line it is."""
-    number, fits = 0, lambda x, whole: 0 <= float(x) < 2**53 and not (whole and float(x) % 1)
-    for number, line in enumerate(open(path, "rb"), 1):
-        fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split(separator)
-        header = separator == "," and number == 1
+            raise InputError(
+                f"{path}, line {number}: {names[t]} {str(row[t])[:50]!r} is not a number from 0 (any growing count will do) "
+                "nor a date like 2023-01-31 or 2023-01-31T10:00:00"
+            ) from None
         try:
-            right = (
-                ",".join(fields).lower().startswith("userid,movieid,")
-                if header
-                else all(fits(fields[k], k < 3) for k in (0, 1, 3))
-            )
-            if not right:
-                break
-        except (ValueError, IndexError):
-            break
-    wanted = (
-        "the header userId,movieId,rating,timestamp and then such lines"
-        if separator == ","
-        else "user, item, rating, timestamp"
-    )
-    return InputError(
-        f"{path}, line {number}: expected {wanted}, with {separator!r} between them; mend or remove the line"
-    )
+            times.append(time)
+        except (TypeError, OverflowError):  # no int64: from here on a list
+            times = [*times, time]
+        users.add(row[u], number)
+        items.add(row[i], number)
+    say(table)
+    if isinstance(times, list):
+        rank = {time: k for k, time in enumerate(sorted(set(times)))}
+        times = [rank[time] for time in times]
+    return users.array(), items.array(), np.array(times, dtype=np.int64)
 
 
-def read_openp5(source):
+def read_movielens(source, chosen=None, say=tell):
+    """u.data, ratings.dat or ratings.csv; ids are whole numbers, and are sorted as such."""
+    return read_log(find(source, FILES["movielens"][0], "movielens"), chosen, say, np.int64)
+
+
+def read_csv(source, chosen=None, say=tell):
+    """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps others; or RecBole's .inter."""
+    return read_log(find(source, FILES["csv"][0], "csv"), chosen, say)
+
+
+def read_openp5(source, chosen=None, say=tell):
     """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
-    pairs, seen, path = [], {}, find(source, ["user_sequence.txt"], "openp5")
-    with reading(path, "write it again as UTF-8"), open(path, encoding="utf-8-sig") as f:
+    path, seen = find(source, FILES["openp5"][0], "openp5"), {}
+    users, items = Ids(path, str), Ids(path, str)
+    table = Table(path, ("user",), ())
+    with reading(path, "write it again as UTF-8"), table.open() as f:
         for number, line in enumerate(f, 1):
-            user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]
+            user, *sequence = line.split() or [""]
             if not sequence or user in seen:
                 why = (
                     f"user {user} has line {seen[user]} already"
@@ -114,142 +149,105 @@ def read_openp5(source):
                 )
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
             seen[user] = number
-            pairs += [(user, item) for item in sequence]
-    return *np.array(pairs, dtype=str).reshape(-1, 2).T, np.arange(len(pairs))
+            for item in sequence:
+                users.add(user, number)
+                items.add(item, number)
+    say(table)
+    return users.array(), items.array(), np.arange(len(users.rows))
 
 
-def read_csv(source):
-    """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps others."""
-    pairs, times, path = [], [], find(source, ["interactions.csv"], "csv")
-    for number, row in table_rows(path, ("user", "item", "timestamp")):
-        try:
-            times.append(float(row["timestamp"]))
-        except ValueError:
-            times.append(math.nan)
-        if not 0 <= times[-1] < math.inf:
-            raise InputError(
-                f"{path}, line {number}: timestamp {row['timestamp']!r} is not a number from 0; any growing count will do"
-            )
-        pairs.append((clean_id(row["user"], path, number), clean_id(row["item"], path, number)))
-    return *np.array(pairs, dtype=str).reshape(-1, 2).T, np.array(times)
+READERS = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}
 
 
-def table_rows(path, required=()):
-    """Yield (line number, dict) for a .csv, .tsv or .jsonl file."""
-    number = 0
-    with (
-        reading(
-            path, "write it again as UTF-8, a header first (csv, tsv) or an object a line (jsonl)"
-        ),
-        open(path, encoding="utf-8-sig", newline="") as f,
-    ):
-        try:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(f, 1):
-                    if not isinstance(row := json.loads(line), dict) or not row:
-                        raise ValueError(f"{line.strip()[:50]!r} is no object")
-                    yield number, row
-                return
-            tabs = (
-                {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-            )  # 14" is a length there, not a quote
-            reader = csv.DictReader(f, strict=True, **tabs)
-            missing = [c for c in required if c not in (reader.fieldnames or [])]
-            if missing or not reader.fieldnames:
-                raise InputError(
-                    f"{path}, line 1: no column {', '.join(missing)}; the header has {reader.fieldnames}"
-                )
-            for row in reader:
-                number = reader.line_num
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{path}, line {number}: expected {len(reader.fieldnames)} columns; quote the field"
-                    )
-                yield number, row
-        except InputError:
-            raise
-        except (csv.Error, ValueError, RecursionError) as error:
-            number = number if path.suffix == ".jsonl" else number + 1
-            raise InputError(
-                f"{path}, line {number} or after it: {error}; quote the field, and write the file as UTF-8"
-            ) from None
+# ---- Item tables -----------------------------------------------------------------------------------------------------
 
 
-def read_items(path):
-    """An item table -> {id: {"title", "text", "attributes"}}. MovieLens's three shapes, or csv, tsv, jsonl with a header."""
+def read_items(path, chosen=None, say=tell):
+    """An item table -> {id: {"id", "title", "text", "attributes"}}. What is no id, title or text is an attribute."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)"
         )
-    table = {}
-    for number, key, item in (
-        movielens_items(path) if path.suffix in (".item", ".dat") else other_items(path)
-    ):
-        if (key := clean_id(key, path, number)) in table:
+    table = Table(path, ("id", "title", "text"), ("id",), chosen or {})
+    found, known, flags = {}, None, path.name.startswith("u.item")
+    for number, names, values in table.rows():
+        if flags:  # a column of 0 and 1 for each genre
+            genres = [genre for genre, flag in zip(ML_GENRES, values[5:]) if flag.strip() == "1"]
+            names, values = ("id", "title", "genres"), [*values[:2], genres]
+        if names != known:
+            known, place = names, table.find(names, number)
+            column = {role: names[k] for role, k in place.items()}
+        key, item = read_item(table, number, column, dict(zip(names, values)))
+        if found.get(key, item) != item:
             raise InputError(
                 f"{path}, line {number}: the id {key} stands there for the second time; remove one of the lines"
             )
-        table[key] = finish_item(key, item)
-    return table
+        if key in found:
+            table.remarks["repeated lines left out"] += 1
+        found[key] = item
+    if found and "title" not in table.columns:
+        raise table.unfit(["title"], names, 1)
+    say(table)
+    return found
 
 
-def movielens_items(path):
-    """Yield (line number, id, item). The encoding is Latin-1, where a byte order mark does not say otherwise."""
-    separator, encoding = "|" if path.suffix == ".item" else "::", "latin-1"
-    with open(path, "rb") as f:
-        encoding = "utf-8-sig" if f.read(3) == b"\xef\xbb\xbf" else encoding
-    with reading(path, "write it again as UTF-8"):
-        lines = path.read_text(encoding=encoding).split("\n")
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
-        fields = line.split(separator)
-        if len(fields) < 3:
-            raise InputError(
-                f"{path}, line {number}: expected fields separated by {separator!r}; mend or remove the line"
-            )
-        genres = (
-            [g for g, flag in zip(ML_GENRES, fields[5:]) if flag == "1"]
-            if separator == "|"
-            else fields[2].split("|")
-        )
-        yield number, fields[0], {"title": fields[1], "attributes": {"genres": genres}}
-
-
-def other_items(path):
-    """Yield (line number, id, item). The id's column is one of ID_KEYS, else the first; columns of other names are attributes."""
-    for number, row in table_rows(path, ("title",)):
-        key = next((k for k in ID_KEYS if k in row), next(iter(row)))
-        rest = {k: v for k, v in row.items() if k not in (key, "title", "text", "attributes") and v}
-        rest = {
-            k: [x for x in v.split("|") if x] if isinstance(v, str) else v for k, v in rest.items()
-        }
-        attributes = row.get("attributes") or rest
-        if not isinstance(attributes, dict):
-            raise InputError(
-                f"{path}, line {number}: `attributes` is to be an object of names and values; mend the line"
-            )
-        yield (
-            number,
-            row[key],
-            {"title": row.get("title"), "text": row.get("text"), "attributes": attributes},
+def read_item(table, number, column, row):
+    """A row {name: value} -> id, item. column: {role: name}. Objects and addresses are counted among the table's remarks."""
+    key = clean_id(row[column["id"]], table.path, number)
+    told = row.get("attributes")
+    if told and not isinstance(told, dict):
+        raise InputError(
+            f"{table.path}, line {number}: `attributes` is to be an object of names and values; mend the line"
         )
 
+    # Attributes: words between | or, in RecBole's lists, between spaces; objects are left out
+    rest = told or {k: v for k, v in row.items() if k and k not in (*column.values(), "attributes")}
+    attributes = {}
+    for name, value in rest.items():
+        if isinstance(value, str) and (name in table.lists or "|" in value):
+            value = value.split(None if name in table.lists else "|")
+        texts, objects = flatten(value)
+        if objects:
+            table.remarks[f"values of {name} left out (objects, addresses)"] += 1
+        if texts:
+            attributes[clean(name)] = ", ".join(texts)
+            table.others[name] = True
 
-def finish_item(key, item):
-    """Fill in what follows from the rest: a year from "Title (1995)", flat attribute strings, a text made of all of them."""
-    clean = lambda value: printable(
-        html.unescape(html.unescape(str(value)))
-    )  # shops write &amp; for &, some of them twice
-    title = clean(item["title"] or "")
-    attributes = {
-        clean(k): clean(", ".join(map(str, v)) if isinstance(v, list) else v)
-        for k, v in item["attributes"].items()
-    }
-    year = re.search(r"\((\d{4})\)$", title)
-    if year and "genres" in attributes:
+    # Title and text; MovieLens's titles end with a year
+    title = clean(row.get(column.get("title")) or "")
+    title = "" if title in MISSING else title
+    if "genres" in attributes and (year := re.search(r"\((\d{4})\)$", title)):
         attributes["decade"] = year[1][:3] + "0s"
     told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
-    text = item.get("text") or (f"{title}. {told}" if title and told else title or told)
-    return {"id": key, "title": title, "text": clean(text), "attributes": attributes}
+    text = " ".join(flatten(row.get(column.get("text")))[0])
+    text = text or (f"{title}. {told}" if title and told else title or told)
+    return key, {"id": key, "title": title, "text": text, "attributes": attributes}
+
+
+def check_ids(path, items, table):
+    """Do the ids of a log's items and of the item table {id: item} meet? None in common: InputError; those without a counterpart: a
+    line with an example of each side."""
+    chosen = set(np.unique(items).astype(str).tolist())
+    unknown, idle = sorted(chosen - table.keys()), sorted(table.keys() - chosen)
+    if len(unknown) == len(chosen):
+        raise InputError(
+            f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table has {(idle or [''])[0]!r}; "
+            "give the item table of this log by --items, or name the column by --columns id=NAME"
+        )
+    told = []
+    if unknown:
+        told.append(
+            f"{len(unknown)} of {len(chosen)} items have no line in {path.name}, such as {unknown[0]!r}"
+        )
+    if idle:
+        told.append(
+            f"{len(idle)} items of {path.name} were chosen by nobody and are left out, such as {idle[0]!r}"
+        )
+    if told:
+        print("note: " + "; ".join(told))
+
+
+# ---- CF vectors ------------------------------------------------------------------------------------------------------
 
 
 def load_cf(path, num_users, num_items):

@@ -60,16 +60,23 @@ def autocast(device):
 # ---- Checkpoints, ours and strangers' --------------------------------------------------------------------------------
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def check_name(name, flag):
+    """The folder of a model, or its hub id. What is not in the working directory may be beside the scripts: assets/toy_llm."""
+    if not Path(name).exists() and (ROOT / name).is_dir():
+        return str(ROOT / name)
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(
             f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)"
         )
+    return name
 
 
 def from_pretrained(auto_class, name, flag, **kwargs):
     """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
-    check_name(name, flag)
+    name = check_name(name, flag)
     with reading(
         f"{flag} {name}",
         "give the folder of a model that transformers can load without its own code",

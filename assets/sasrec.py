@@ -5,9 +5,12 @@ item), cosine logits unless temperature is 0, positions counted from the end. Ex
 of .44 on the toy world after 20 s of one core.
 """
 
+import argparse
 import copy
+import json
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -26,6 +29,20 @@ class Settings:
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
     batch_targets: int = 1500  # items predicted in one step, about
+
+
+def sasrec_settings(text):
+    """A type for argparse: a JSON object of some of Settings' fields -> a dict."""
+    given, known = json.loads(text), {field.name: field.type for field in fields(Settings)}
+    if not isinstance(given, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    for name, value in given.items():
+        kinds = {int: (int,), float: (int, float)}.get(known.get(name), ())
+        if type(value) not in kinds or not (1 if kinds == (int,) else 0) <= value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"{name} {value!r}: give numbers for {', '.join(known)}"
+            )
+    return given
 
 
 # Tried one after another; what is best so far keeps its other settings.

@@ -67,18 +67,19 @@ def finish(model, losses):
 STEPS = {"stage 1": step_of_stage1, "stage 2": step_of_stage2}
 
 
-def worker(rank, toy, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({name: step(toy, 2) for name, step in STEPS.items()}, f"{folder}/{rank}.pt")
+def worker(toy, folder):
+    dist.init_process_group("gloo")
+    torch.save({name: step(toy, 2) for name, step in STEPS.items()}, f"{folder}/{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def of_two(toy, tmp_path_factory):
+def of_two(script, toy, tmp_path_factory):
     """What each of two processes finds."""
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(worker, (toy, folder), nprocs=2)
+    folder, tests = tmp_path_factory.mktemp("two"), str(ROOT / "tests")
+    call = f"import sys; sys.path.insert(0, {tests!r}); import test_distributed as t; t.worker({str(toy)!r}, {str(folder)!r}); sys.exit()"
+    done = script("train_stage1.py", before=call, ranks=2)
+    assert done.returncode == [0, 0], done
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import data
+from assets.cf import solve_rows, solve_short_rows
 from data import CFSettings, UserSolver
 
 NUM_ITEMS = 30
@@ -81,9 +82,9 @@ def test_short_rows_give_what_long_rows_give(solver, histories):
     w = s.recency**age * torch.ones(len(history))
     rows = Y[history]
     S = (rows * w[:, None]).T @ rows
-    long = data.solve_rows(solver.gram, S[None], (w @ rows)[None], w.sum()[None], s, NUM_ITEMS)
+    long = solve_rows(solver.gram, S[None], (w @ rows)[None], w.sum()[None], s, NUM_ITEMS)
     eigenvalues, basis = torch.linalg.eigh(solver.gram)
-    turned = data.solve_short_rows(
+    turned = solve_short_rows(
         (rows @ basis)[None], eigenvalues.clamp(min=0), w[None], s, NUM_ITEMS
     )
     close(turned @ basis.T, long)

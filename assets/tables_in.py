@@ -1,0 +1,287 @@
+"""Tables as people have them, row by row: commas, tabs or semicolons, quoted or not, JSON lines or one JSON list, zipped or not, in
+UTF-8 or Latin-1. What a file is stands in its bytes, not in its name; what a column is, in its own name (NAMES)."""
+
+import argparse
+import ast
+import csv
+import gzip
+import html
+import itertools
+import json
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from assets.guard import InputError, printable, reading
+
+csv.field_size_limit(2**31 - 1)  # a text may be long
+
+# How people call their columns, first come, first taken. Capitals, spaces, "_" and "-" make no difference
+NAMES = {
+    "user": "user user_id reviewerID customer_id visitor_id member_id uid".split(),
+    "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id track_id song_id news_id recipe_id "
+    "anime_id game_id app_id video_id gmap_id isbn sku iid".split(),
+    "time": "timestamp time unixReviewTime unix_timestamp unix_time ts event_time datetime date created_at review_date t_dat".split(),
+    "title": "title name product_title product_name item_name prod_name book_title movie_title app_name".split(),
+    "text": "text description plot overview synopsis detail_desc".split(),
+}
+NAMES["id"] = ["id", *NAMES["item"]]
+
+# Files that have no header: what stands between their columns, and what these are
+HEADERLESS = {
+    "u.data": ("\t", ("user", "item", "rating", "timestamp")),
+    "ratings.dat": ("::", ("user", "item", "rating", "timestamp")),
+    "u.item": ("|", ("id", "title", "")),
+    "movies.dat": ("::", ("id", "title", "genres")),
+}
+
+MISSING = {"", "NaN", "nan", "NaT", "null", "NULL", "None", "<NA>", "\\N", "(no genres listed)"}
+ADDRESS = re.compile(r"(https?://|ftp://|www\.)\S*")
+BREAKS = re.compile(
+    r"</?(br|p|div|li|ul|ol|dl|dd|dt|td|th|tr|table|tbody|hr|h[1-6])\b[^<>]*>", re.I
+)
+TAGS = re.compile(
+    r"</?(a|b|i|u|s|em|strong|span|font|small|big|sub|sup|img|center|code)\b[^<>]*>", re.I
+)
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def plain(name):
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+@dataclass
+class Table:
+    """A file, and what was found in it while its rows were read."""
+
+    path: Path
+    roles: tuple  # keys of NAMES that are looked for
+    required: tuple  # those of them without which nothing can be done
+    chosen: dict = field(default_factory=dict)  # {role: column} where the names are not in NAMES
+    columns: dict = field(default_factory=dict)  # {role: column} as found
+    others: dict = field(
+        default_factory=dict
+    )  # {column of no role: True}, filled in by who reads the rows
+    lists: set = field(default_factory=set)  # columns of words with spaces between (RecBole)
+    remarks: Counter = field(default_factory=Counter)  # what had to be done, how often
+
+    def line(self, others="left out"):
+        """What was understood, in one line."""
+        found = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
+        rest = [name for name in self.others if name]
+        more = f" and {len(rest) - 12} more" if len(rest) > 12 else ""
+        rest = f"; {others}: {', '.join(rest[:12])}{more}" if rest else ""
+        remarks = "".join(f"; {n or ''} {text}" for text, n in self.remarks.items())
+        return printable(f"read {self.path.name}: {found}{rest}{remarks}")
+
+    def find(self, names, number):
+        """{role: place in a row} of a row's columns. InputError where a required one is not there."""
+        alike = {plain(name): name for name in reversed(names)}
+        found = {}
+        for role in self.roles:
+            wanted = [self.chosen[role]] if role in self.chosen else NAMES[role]
+            fits = [
+                n if n in names else alike[plain(n)]
+                for n in wanted
+                if n in names or plain(n) in alike
+            ]
+            if fits and fits[0]:
+                found[role] = names.index(fits[0])
+                self.columns[role] = fits[0]
+        if missing := [role for role in self.required if role not in found]:
+            raise self.unfit(missing, names, number)
+        return found
+
+    def unfit(self, missing, names, number):
+        known = "; ".join(f"{role}: {' '.join(NAMES[role])}" for role in missing)
+        return InputError(
+            f"{self.path}, line {number}: no column {', '.join(NAMES[role][0] for role in missing)}; the header has {[*names]}; "
+            f"known are {known}; name others by --columns {missing[0]}=NAME, or =1, =2 ... where there is no header"
+        )
+
+    # -- Rows
+
+    def rows(self):
+        """Yield (line number, names of the columns, values) of every row that is not empty."""
+        with (
+            reading(self.path, "write it again as UTF-8, a header first or an object a line"),
+            self.open() as f,
+        ):
+            start, first = next(
+                (x for x in enumerate(f, 1) if x[1].strip() and not x[1].startswith("sep=")),
+                (1, ""),
+            )
+            if "\0" in first:
+                raise InputError(
+                    f"{self.path}, line {start}: this is no text; write the file as UTF-8"
+                )
+            lines, start_of_json = itertools.chain([first], f), first.lstrip()[:1]
+            if start_of_json in ("{", "["):
+                yield from self.json_rows(lines, start, start_of_json == "[")
+            else:
+                yield from self.csv_rows(lines, start, first)
+
+    def open(self):
+        """The file as text, unzipped, in the encoding that its bytes are in."""
+        with open(self.path, "rb") as f:
+            opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
+        for encoding in (
+            "utf-8-sig",
+            "cp1252",
+            "latin-1",
+        ):  # the middle one: Latin-1 as Windows has it
+            try:
+                with opener(self.path, "rt", encoding=encoding, newline="") as f:
+                    while f.read(1 << 20):
+                        pass
+                break
+            except UnicodeDecodeError:
+                self.remarks["read as Latin-1, since it is not UTF-8"] = 0
+        return opener(self.path, "rt", encoding=encoding, newline="")
+
+    def json_rows(self, lines, number, one_list):
+        try:
+            for number, line in enumerate(
+                json.loads("".join(lines)) if one_list else lines, number
+            ):
+                row = line
+                if isinstance(line, str):
+                    if not line.strip():
+                        self.remarks["empty rows left out"] += 1
+                        continue
+                    row = (ast.literal_eval if line.startswith("{'") else json.loads)(line.strip())
+                if not isinstance(row, dict) or not row:
+                    raise ValueError(f"{str(line).strip()[:50]!r} is no object")
+                yield number, tuple(row), list(row.values())
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise InputError(
+                f"{self.path}, line {number}: {error}; write an object a line, as UTF-8"
+            ) from None
+
+    def csv_rows(self, lines, start, first):
+        # What stands between the columns; quotes between tabs are inches, unless the header has them too
+        separator, names = HEADERLESS.get(self.path.name.removesuffix(".gz"), (None, None))
+        separator = separator or max("\t;,|", key=first.count)
+        literal = names or (separator == "\t" and not first.startswith('"'))
+        if separator == "::":
+            lines = (line.replace("::", "\t") for line in lines)
+        reader = csv.reader(
+            lines,
+            delimiter=separator.replace("::", "\t"),
+            quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
+
+        # The header, if there is one, and the rows
+        number, rows, exact = start - 1, reader, not names
+        try:
+            if not names:
+                header = next(reader, [])
+                if any(self.chosen.get(role, "").isdecimal() for role in self.roles):
+                    rows = itertools.chain([header], reader)
+                    header = [str(n + 1) for n in range(len(header))]
+                names = tuple(map(self.name, header))
+            self.find(names, start)
+            for row in rows:
+                number = start - 1 + reader.line_num
+                if len(row) != len(names) or not row[0]:
+                    if not "".join(row).strip():
+                        self.remarks["empty rows left out"] += 1
+                        continue
+                    if len(row) < len(names) or exact and "".join(row[len(names) :]).strip():
+                        raise InputError(
+                            f"{self.path}, line {number}: expected {len(names)} columns, with {separator!r} between them, "
+                            f"found {len(row)}; quote the field, mend or remove the line"
+                        )
+                if literal and exact and '""' in "".join(row):  # pandas: "7"" single" is 7" single
+                    row = [unquoted(value) for value in row]
+                yield number, names, row
+        except csv.Error as error:
+            raise InputError(
+                f"{self.path}, line {number + 1} or after it: {error}; quote the field, and write the file as UTF-8"
+            ) from None
+
+    def name(self, name):
+        """A column's name without RecBole's type; pandas' "Unnamed: 0" is none."""
+        found = re.fullmatch(r"(.+):(token|float)(_seq)?", name.strip())
+        if found and found[3]:
+            self.lists.add(found[1])
+        name = found[1] if found else name.strip()
+        return "" if name.startswith("Unnamed: ") else name
+
+
+def unquoted(value):
+    inner = re.fullmatch('"((?:[^"]|"")*)"', value)
+    return inner[1].replace('""', '"') if inner and '""' in inner[1] else value
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+
+def clean(value):
+    """Any value as one line of text: entities (some shops write them twice) and tags undone, letters composed."""
+    text = html.unescape(html.unescape(str(value)))
+    text = TAGS.sub("", BREAKS.sub(" ", text)) if "<" in text else text
+    return unicodedata.normalize("NFC", printable(text))
+
+
+def flatten(value):
+    """A value -> the texts in it, and how many objects and addresses it has, which are left out. Lists may lie in lists, and in
+    strings as Python or JSON write them."""
+    if isinstance(value, str) and value[:1] in ("[", "{") and value[-1:] in ("]", "}"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(value)
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if isinstance(value, (list, tuple, set)):
+        parts = [flatten(part) for part in value]
+        texts = itertools.chain.from_iterable(found for found, _ in parts)
+        return [*dict.fromkeys(texts)], sum(count for _, count in parts)
+    if isinstance(value, dict):
+        return [], 1
+    text = clean(value)
+    if ADDRESS.fullmatch(text):
+        return [], 1
+    return [] if text in MISSING else [text], 0
+
+
+def moment(text):
+    """A time as a number that sorts: an integer of any size, a decimal as it is, a date in seconds since 1970 (in UTC where it names
+    no zone). ValueError where it is none of these."""
+    if text.isdecimal():
+        return int(text)
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        date = datetime.fromisoformat(text.removesuffix("UTC").strip())
+        date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+        return Decimal((date - EPOCH) // timedelta(microseconds=1)) / 10**6
+    if not (number.is_finite() and number >= 0):
+        raise ValueError(text)
+    return number
+
+
+# ---- What users say of columns and ids -------------------------------------------------------------------------------
+
+
+def a_column(text):
+    """A type for argparse: "user=A" -> ("user", "A")."""
+    role, _, name = text.partition("=")
+    if role not in NAMES or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give {'=, '.join(NAMES)}= and the name of a column"
+        )
+    return role, name
+
+
+def split_name(line, known):
+    """A line `id name` of an index file -> (id, name). An id may have spaces: the longest known one that begins the line."""
+    places = [space.span() for space in re.finditer(r"\s+", line)]
+    start, end = next((x for x in reversed(places) if line[: x[0]] in known), places[0])
+    return line[:start], line[end:]
