@@ -443,7 +443,9 @@ def read_source(args):
     path = args.items or find(args.source, FILES[args.dataset][1], args.dataset)
     table = read_items(Path(path), chosen)
     if not len(log[0]):
-        raise InputError(f"--source {args.source}: no interactions in it")
+        raise InputError(
+            f"--source {args.source}: no interactions in its {' or '.join(FILES[args.dataset][0])}"
+        )
     check_ids(Path(path), log[1], table)
     return *log, table
 

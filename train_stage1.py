@@ -304,7 +304,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     add_training_args(
-        p, "stage1", steps=250, batch_size=64, lr=1e-3, rows=2
+        p, "stage1", steps=200, batch_size=64, lr=1e-3, rows=2
     )  # a loss that contrasts needs two
     add_qformer_args(p, num_queries=4, layers=2, width=128)
     p.add_argument(

@@ -325,7 +325,7 @@ def load_stage1(run, dataset, device):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "ilm", steps=200, batch_size=16, lr=2e-3)
+    add_training_args(p, "ilm", steps=160, batch_size=16, lr=2e-3)
     add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
     p.add_argument(
         "--history",

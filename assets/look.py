@@ -1,6 +1,6 @@
 """data.py --look: what was understood of somebody's files, in seconds, and nothing is written."""
 
-from collections import Counter
+import re
 
 import torch
 
@@ -9,17 +9,24 @@ from data import load_prompts, text_tasks
 
 def look(catalogue):
     """Print, after the readers' own lines, the attributes of a catalogue, its first three items and five text tasks."""
-    attributes = Counter(name for item in catalogue for name in item["attributes"])
-    told = ", ".join(f"{name} ({count:,} items)" for name, count in attributes.most_common(12))
-    print(
-        f"attributes: {told or 'none'}; {sum(not item['text'] for item in catalogue):,} items have no text"
-    )
+    values = {}
+    for item in catalogue:
+        for name, value in item["attributes"].items():
+            values.setdefault(name, []).append(value)
+    print(f"attributes: {'' if values else 'none'}")
+    for name, found in list(values.items())[:12]:
+        numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", value) for value in found)
+        print(f"  {name}: {'numbers' if numbers else 'text'}, of {len(found):,} items")
+    print(f"items: {sum(not item['text'] for item in catalogue):,} have no text; the first three")
     for item in catalogue[:3]:
         print(f"  {item['id']}  {item['title']}\n      {item['text'][:300] or '(no text)'}")
-    templates = [t for t in load_prompts() if "{neighbour}" not in t[2]]  # neighbours need CF
-    tasks = text_tasks(
-        catalogue, ["train"] * len(catalogue), templates, torch.zeros(len(catalogue), 1), 0, 20
-    )
-    for task in list({task["task"]: task for task in tasks}.values())[:5]:
-        print(f"  {task['task']}: {task['prompt']} -> {task['target'][:200]}")
+
+    # Neighbours would need CF
+    templates = [t for t in load_prompts() if "{neighbour}" not in t[2]]
+    splits, no_cf = ["train"] * len(catalogue), torch.zeros(len(catalogue), 1)
+    tasks = {t["task"]: t for t in text_tasks(catalogue, splits, templates, no_cf, 0, 20)}
+    print(f"text tasks: {len(tasks)} kinds; the first five")
+    for name, task in list(tasks.items())[:5]:
+        about = ", ".join(catalogue[i]["id"] for i in task["items"])
+        print(f"  {name} ({about}): {task['prompt']} -> {task['target'][:200]}")
     print("--look: nothing was written")

@@ -6,7 +6,6 @@ A log becomes three arrays of equal length, in file order: users, items, times. 
 {id: {"title", "text", "attributes"}}."""
 
 import re
-import sys
 from array import array
 from pathlib import Path
 
@@ -22,14 +21,11 @@ ML_GENRES = (
 ).split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
 FILES = {  # of each --dataset: the log, and the item table; each may end in .gz
-    "movielens": (
-        ["u.data", "ratings.dat", "ratings.csv"],
-        ["u.item", "movies.dat", "movies.csv"],
-    ),
-    "openp5": (["user_sequence.txt"], ["items.tsv", "items.csv", "items.jsonl", "items.json"]),
+    "movielens": ("u.data ratings.dat ratings.csv".split(), "u.item movies.dat movies.csv".split()),
+    "openp5": (["user_sequence.txt"], "items.tsv items.csv items.jsonl items.json".split()),
     "csv": (
-        [*(f"interactions.{end}" for end in ("csv", "tsv", "jsonl", "json", "txt")), "*.inter"],
-        [*(f"items.{end}" for end in ("tsv", "csv", "jsonl", "json", "txt")), "*.item"],
+        "interactions.csv interactions.tsv interactions.jsonl interactions.json *.inter".split(),
+        "items.tsv items.csv items.jsonl items.json *.item".split(),
     ),
 }
 
@@ -45,64 +41,38 @@ def files(source, names):
 def find(source, names, dataset):
     """The first file of `source` that has one of these names. InputError where there is none."""
     if found := files(source, names):
-        if len(found) > 1:
-            print(f"note: {found[0]} is read, {found[1].name} is not", file=sys.stderr)
         return found[0]
     where = f"; get it from {MOVIELENS_URL} and unpack it there" if dataset == "movielens" else ""
     raise InputError(f"--source {source}: no {' or '.join(names)} in it{where}")
 
 
 def tell(table):
-    print(table.line("left out" if "user" in table.roles else "attributes"))
+    print(table.line())
 
 
-def clean_id(value, path, number):
+def clean_id(value, path, number, kind=str):
     """Ids stand one a line in users.txt and are looked up as they are: no control characters, nothing empty, nothing endless."""
     value = str(value).strip()
-    if value in MISSING or len(value) > 1000 or CONTROL.search(value):
+    whole = kind is str or value.isdecimal() and len(value) < 19
+    if value in MISSING or len(value) > 1000 or CONTROL.search(value) or not whole:
         raise InputError(
-            f"{path}, line {number}: the id {value[:50]!r} is empty, too long or has control characters; rename it"
+            f"{path}, line {number}: the id {value[:50]!r} is empty, too long, has control characters or, in MovieLens, is no whole "
+            "number; rename it"
         )
-    return value
+    return kind(value)
 
 
 # ---- Logs ------------------------------------------------------------------------------------------------------------
 
 
-class Ids:
-    """A column of ids, kept as numbers while a log is read."""
-
-    def __init__(self, path, kind):
-        self.path, self.kind, self.known, self.names, self.rows = path, kind, {}, [], array("q")
-
-    def add(self, value, number):
-        code = self.known.get(value)
-        if code is None:
-            name = clean_id(value, self.path, number)
-            if self.kind is np.int64 and not (name.isdecimal() and len(name) < 19):
-                raise InputError(
-                    f"{self.path}, line {number}: expected a whole number, found the id {name[:50]!r}; mend or remove the line"
-                )
-            code = self.known[value] = len(self.names)
-            self.names.append(name)
-        self.rows.append(code)
-
-    def array(self):
-        return np.array(self.names, dtype=self.kind)[np.frombuffer(self.rows, dtype=np.int64)]
-
-
 def read_log(path, chosen=None, say=tell, kind=str):
     """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no int64 holds become their ranks."""
-    table = Table(path, ("user", "item", "time"), ("user", "item", "time"), chosen or {})
-    users, items, times = Ids(path, kind), Ids(path, kind), array("q")
-    known = None
+    table = Table(path, ("user", "item", "time"), chosen)
+    users, items, times, ids, known = [], [], array("q"), {}, None
     for number, names, row in table.rows():
         if names != known:
-            known, place = names, table.find(names, number)
-            u, i, t = (place[role] for role in table.required)
-            table.others |= {n: True for n in names if n not in table.columns.values()}
-        if not isinstance(row[u], str) or not isinstance(row[i], str):
-            row[u], row[i] = str(row[u]), str(row[i])
+            known = names
+            u, i, t = (table.find(names, number)[role] for role in table.roles)
         try:
             time = moment(str(row[t]).strip())
         except ValueError:
@@ -114,18 +84,21 @@ def read_log(path, chosen=None, say=tell, kind=str):
             times.append(time)
         except (TypeError, OverflowError):  # no int64: from here on a list
             times = [*times, time]
-        users.add(row[u], number)
-        items.add(row[i], number)
+            table.remarks["times are no whole numbers: put in order"] = 0
+        for column, value in ((users, str(row[u])), (items, str(row[i]))):
+            if value not in ids:  # equal ids are one object: a log may have many millions
+                ids[value] = clean_id(value, path, number, kind)
+            column.append(ids[value])
     say(table)
     if isinstance(times, list):
         rank = {time: k for k, time in enumerate(sorted(set(times)))}
         times = [rank[time] for time in times]
-    return users.array(), items.array(), np.array(times, dtype=np.int64)
+    return np.array(users, dtype=kind), np.array(items, dtype=kind), np.array(times, dtype=np.int64)
 
 
 def read_movielens(source, chosen=None, say=tell):
     """u.data, ratings.dat or ratings.csv; ids are whole numbers, and are sorted as such."""
-    return read_log(find(source, FILES["movielens"][0], "movielens"), chosen, say, np.int64)
+    return read_log(find(source, FILES["movielens"][0], "movielens"), chosen, say, int)
 
 
 def read_csv(source, chosen=None, say=tell):
@@ -135,12 +108,12 @@ def read_csv(source, chosen=None, say=tell):
 
 def read_openp5(source, chosen=None, say=tell):
     """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
-    path, seen = find(source, FILES["openp5"][0], "openp5"), {}
-    users, items = Ids(path, str), Ids(path, str)
-    table = Table(path, ("user",), ())
+    pairs, seen, path = [], {}, find(source, FILES["openp5"][0], "openp5")
+    table = Table(path, ("user",))
+    table.columns = {"user": "first word of a line", "items": "the others, in time order"}
     with reading(path, "write it again as UTF-8"), table.open() as f:
         for number, line in enumerate(f, 1):
-            user, *sequence = line.split() or [""]
+            user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]
             if not sequence or user in seen:
                 why = (
                     f"user {user} has line {seen[user]} already"
@@ -149,11 +122,9 @@ def read_openp5(source, chosen=None, say=tell):
                 )
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
             seen[user] = number
-            for item in sequence:
-                users.add(user, number)
-                items.add(item, number)
+            pairs += [(user, item) for item in sequence]
     say(table)
-    return users.array(), items.array(), np.arange(len(users.rows))
+    return *np.array(pairs, dtype=str).reshape(-1, 2).T, np.arange(len(pairs))
 
 
 READERS = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}
@@ -168,7 +139,7 @@ def read_items(path, chosen=None, say=tell):
         raise InputError(
             f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)"
         )
-    table = Table(path, ("id", "title", "text"), ("id",), chosen or {})
+    table = Table(path, ("id", "title", "text"), chosen)
     found, known, flags = {}, None, path.name.startswith("u.item")
     for number, names, values in table.rows():
         if flags:  # a column of 0 and 1 for each genre
@@ -211,15 +182,13 @@ def read_item(table, number, column, row):
             table.remarks[f"values of {name} left out (objects, addresses)"] += 1
         if texts:
             attributes[clean(name)] = ", ".join(texts)
-            table.others[name] = True
 
     # Title and text; MovieLens's titles end with a year
-    title = clean(row.get(column.get("title")) or "")
-    title = "" if title in MISSING else title
-    if "genres" in attributes and (year := re.search(r"\((\d{4})\)$", title)):
+    title, text = (" ".join(flatten(row.get(column.get(role)))[0]) for role in ("title", "text"))
+    year = re.search(r"\((\d{4})\)$", title)
+    if year and "genres" in rest:
         attributes["decade"] = year[1][:3] + "0s"
     told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
-    text = " ".join(flatten(row.get(column.get("text")))[0])
     text = text or (f"{title}. {told}" if title and told else title or told)
     return key, {"id": key, "title": title, "text": text, "attributes": attributes}
 
@@ -234,15 +203,11 @@ def check_ids(path, items, table):
             f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table has {(idle or [''])[0]!r}; "
             "give the item table of this log by --items, or name the column by --columns id=NAME"
         )
-    told = []
-    if unknown:
-        told.append(
-            f"{len(unknown)} of {len(chosen)} items have no line in {path.name}, such as {unknown[0]!r}"
-        )
-    if idle:
-        told.append(
-            f"{len(idle)} items of {path.name} were chosen by nobody and are left out, such as {idle[0]!r}"
-        )
+    told = [
+        (unknown, f"of the log's {len(chosen)} items have no line in {path.name}"),
+        (idle, f"items of {path.name} were chosen by nobody and are left out"),
+    ]
+    told = [f"{len(some)} {what}, such as {some[0]!r}" for some, what in told if some]
     if told:
         print("note: " + "; ".join(told))
 

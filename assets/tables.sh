@@ -16,7 +16,7 @@ log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1 || { echo "failed: $*" >&2;
 pretrain() { [ -d "$1" ] || log python assets/toy_llm/pretrain.py --data "data/$data" --out "$1" --vocab "$2" --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3; }
 
 llm=out/llm/$data stage1="--tokenizer out/llm/$data --steps 300"
-stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 300 --eval-every 100 --mix .5 .5 0" evaluate="--batch-size 256"  # as the paper: no texts here
+stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 300 --eval-every 100 --mix .5 .5 0 --prompt-items tokens" evaluate="--batch-size 256"  # as the paper: no texts here, a history is soft tokens
 case $data in
 toy)
     llm=assets/toy_llm stage1="" stage2="" seeds=${SEEDS:-0 1 2 3 4}

@@ -11,10 +11,10 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from textwrap import shorten
 
 from assets.guard import InputError, printable, reading
 
@@ -22,7 +22,7 @@ csv.field_size_limit(2**31 - 1)  # a text may be long
 
 # How people call their columns, first come, first taken. Capitals, spaces, "_" and "-" make no difference
 NAMES = {
-    "user": "user user_id reviewerID customer_id visitor_id member_id uid".split(),
+    "user": "user user_id userId reviewerID customer_id visitor_id member_id uid".split(),
     "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id track_id song_id news_id recipe_id "
     "anime_id game_id app_id video_id gmap_id isbn sku iid".split(),
     "time": "timestamp time unixReviewTime unix_timestamp unix_time ts event_time datetime date created_at review_date t_dat".split(),
@@ -54,46 +54,39 @@ def plain(name):
     return re.sub(r"[\W_]", "", name).lower()
 
 
-@dataclass
 class Table:
-    """A file, and what was found in it while its rows were read."""
+    """A file, and what was found in it while its rows were read. roles: keys of NAMES that are looked for; chosen {role: column}: those
+    that are not called as in NAMES."""
 
-    path: Path
-    roles: tuple  # keys of NAMES that are looked for
-    required: tuple  # those of them without which nothing can be done
-    chosen: dict = field(default_factory=dict)  # {role: column} where the names are not in NAMES
-    columns: dict = field(default_factory=dict)  # {role: column} as found
-    others: dict = field(
-        default_factory=dict
-    )  # {column of no role: True}, filled in by who reads the rows
-    lists: set = field(default_factory=set)  # columns of words with spaces between (RecBole)
-    remarks: Counter = field(default_factory=Counter)  # what had to be done, how often
+    def __init__(self, path, roles, chosen=None):
+        self.path, self.roles, self.chosen = path, roles, chosen or {}
+        self.columns, self.others = {}, {}  # {role: column}; names of the rest, in their order
+        self.lists = set()  # columns of words with spaces between (RecBole's)
+        self.remarks = Counter()  # what had to be done, and how often
 
-    def line(self, others="left out"):
+    def line(self):
         """What was understood, in one line."""
+        rest = "left out" if "user" in self.roles else "attributes"
         found = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
-        rest = [name for name in self.others if name]
-        more = f" and {len(rest) - 12} more" if len(rest) > 12 else ""
-        rest = f"; {others}: {', '.join(rest[:12])}{more}" if rest else ""
-        remarks = "".join(f"; {n or ''} {text}" for text, n in self.remarks.items())
-        return printable(f"read {self.path.name}: {found}{rest}{remarks}")
+        others = shorten(", ".join(self.others), 300)
+        remarks = "".join(f"; {count or ''} {text}" for text, count in self.remarks.items())
+        return printable(f"read {self.path.name}: {found}; {rest}: {others or 'none'}{remarks}")
 
     def find(self, names, number):
-        """{role: place in a row} of a row's columns. InputError where a required one is not there."""
-        alike = {plain(name): name for name in reversed(names)}
-        found = {}
+        """{role: place in a row} of a row's columns. InputError where one is not there that has to be."""
+        places = {plain(name): place for place, name in reversed([*enumerate(names)]) if name}
+        found, missing = {}, []
         for role in self.roles:
             wanted = [self.chosen[role]] if role in self.chosen else NAMES[role]
-            fits = [
-                n if n in names else alike[plain(n)]
-                for n in wanted
-                if n in names or plain(n) in alike
-            ]
-            if fits and fits[0]:
-                found[role] = names.index(fits[0])
-                self.columns[role] = fits[0]
-        if missing := [role for role in self.required if role not in found]:
+            fits = [places[plain(name)] for name in wanted if plain(name) in places]
+            if fits:
+                found[role] = fits[0]
+                self.columns[role] = names[fits[0]]
+            elif role in self.chosen or role not in ("title", "text"):
+                missing.append(role)
+        if missing:
             raise self.unfit(missing, names, number)
+        self.others |= {name: None for name in names if name and name not in self.columns.values()}
         return found
 
     def unfit(self, missing, names, number):
@@ -145,17 +138,14 @@ class Table:
 
     def json_rows(self, lines, number, one_list):
         try:
-            for number, line in enumerate(
-                json.loads("".join(lines)) if one_list else lines, number
-            ):
-                row = line
-                if isinstance(line, str):
-                    if not line.strip():
-                        self.remarks["empty rows left out"] += 1
-                        continue
-                    row = (ast.literal_eval if line.startswith("{'") else json.loads)(line.strip())
+            for number, row in enumerate(json.loads("".join(lines)) if one_list else lines, number):
+                if isinstance(row, str) and row.strip():  # Amazon's of 2014: as Python writes them
+                    row = (ast.literal_eval if row.startswith("{'") else json.loads)(row.strip())
+                elif isinstance(row, str):
+                    self.remarks["empty rows left out"] += 1
+                    continue
                 if not isinstance(row, dict) or not row:
-                    raise ValueError(f"{str(line).strip()[:50]!r} is no object")
+                    raise ValueError(f"{str(row)[:50]!r} is no object")
                 yield number, tuple(row), list(row.values())
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise InputError(
@@ -197,8 +187,6 @@ class Table:
                             f"{self.path}, line {number}: expected {len(names)} columns, with {separator!r} between them, "
                             f"found {len(row)}; quote the field, mend or remove the line"
                         )
-                if literal and exact and '""' in "".join(row):  # pandas: "7"" single" is 7" single
-                    row = [unquoted(value) for value in row]
                 yield number, names, row
         except csv.Error as error:
             raise InputError(
@@ -214,11 +202,6 @@ class Table:
         return "" if name.startswith("Unnamed: ") else name
 
 
-def unquoted(value):
-    inner = re.fullmatch('"((?:[^"]|"")*)"', value)
-    return inner[1].replace('""', '"') if inner and '""' in inner[1] else value
-
-
 # ---- Values ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +209,10 @@ def clean(value):
     """Any value as one line of text: entities (some shops write them twice) and tags undone, letters composed."""
     text = html.unescape(html.unescape(str(value)))
     text = TAGS.sub("", BREAKS.sub(" ", text)) if "<" in text else text
+    if (
+        text[:1] == text[-1:] == '"' and '""' in text
+    ):  # pandas between tabs: "7"" single" is 7" single
+        text = text[1:-1].replace('""', '"')
     return unicodedata.normalize("NFC", printable(text))
 
 
@@ -233,12 +220,8 @@ def flatten(value):
     """A value -> the texts in it, and how many objects and addresses it has, which are left out. Lists may lie in lists, and in
     strings as Python or JSON write them."""
     if isinstance(value, str) and value[:1] in ("[", "{") and value[-1:] in ("]", "}"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(value)
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)
     if isinstance(value, (list, tuple, set)):
         parts = [flatten(part) for part in value]
         texts = itertools.chain.from_iterable(found for found, _ in parts)

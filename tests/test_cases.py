@@ -114,7 +114,8 @@ def test_keys_in_any_order(prepare):
 
 def test_no_genres_are_no_genre(prepare):
     dataset = prepare(case("no-genres"), dataset="movielens")
-    assert dataset.items[2] == {"id": "3", "title": "Nocturne (2018)", "text": "Nocturne (2018)", "attributes": {}}
+    assert dataset.items[2] == {"id": "3", "title": "Nocturne (2018)", "text": "Nocturne (2018). decade: 2010s",
+                                "attributes": {"decade": "2010s"}}
     assert dataset.items[1]["text"] == "American President, The (1995). genres: Comedy, Romance; decade: 1990s"
     assert ids(dataset, 0) == ["1", "2", "3"]
 
@@ -158,7 +159,7 @@ def test_leading_zeros(prepare, capsys):
     assert ids(dataset, 0) == ["000", "1", "2", "3", "4", "5"]
     assert {x["id"]: x["title"] for x in dataset.items}["000"] == "Film 0"
     note = next(line for line in capsys.readouterr().out.splitlines() if "'001'" in line)
-    assert "5 of 6" in note and "'1'" in note
+    assert "5 of the log's 6 items" in note and "'1'" in note
 
 
 def test_no_id_in_common_is_refused(prepare):
@@ -312,6 +313,20 @@ def test_headers_in_use(prepare, header):
     is_whole(prepare({"interactions.csv": LOG.replace("user,item,timestamp", header), "items.csv": ITEMS}))
 
 
+def test_a_column_that_is_not_there(prepare):
+    for role, name in (("time", "when"), ("title", "heading"), ("text", "blurb")):
+        with pytest.raises(data.InputError, match=f"no column .*--columns {role}=NAME"):
+            prepare({"interactions.csv": LOG, "items.csv": ITEMS}, "--columns", f"{role}={name}")
+    with pytest.raises(data.InputError, match="genre=x: give user="):
+        prepare({}, "--columns", "genre=x")
+
+
+def test_columns_that_are_not_used_are_told(prepare, capsys):
+    files = {"interactions.csv": LOG.replace("user,", ",stars,user,").replace("\nu", "\n7,5,u"), "items.csv": ITEMS}
+    is_whole(prepare(files))
+    assert "read interactions.csv: user = user, item = item, time = timestamp; left out: stars\n" in capsys.readouterr().out
+
+
 def test_a_file_without_a_header(prepare):
     """Amazon's "ratings only": user, item, rating, time in one year, item first in another. Nobody guesses; numbers say which."""
     rows = "".join("{0},{1},5.0,{2}\n".format(*line.split(",")) for line in LOG.splitlines()[1:])
@@ -447,7 +462,7 @@ def test_a_look_says_what_was_understood_and_writes_nothing(prepare, tmp_path, c
     out = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for said in ("user = user", "item = item", "time = timestamp", "id = asin", "title = title", "text = description", "imageURL",
-                 "6 users, 6 items, 36 interactions", "i0  Hand Soap 0", "A soap for hands. Mild.", "Hand Soap 2"):
+                 "6 users, 6 items, 36 interactions", "also_buy: text, of 6 items", "i0  Hand Soap 0", "A soap for hands. Mild.", "Hand Soap 2"):
         assert said in out, said
     assert out.count("{item}") >= 3
 
@@ -517,6 +532,39 @@ def test_who_has_everything_gets_a_line(script, work, tmp_path):
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "all has every item" in done.stderr, done
 
 
+# ---- Fuzz ------------------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "interactions.jsonl": jsonl({"user_id": "u", "asin": i, "timestamp": 10**18 + i, "x": None} for i in range(9)).encode(),
+    "interactions.json": json.dumps([{"user_id": "u", "asin": i, "date": "2023-01-31T10:00:00Z"} for i in range(9)]).encode(),
+    "interactions.csv": b'"User ID";"Item-ID";"Date"\n' + b'u;i;"2023-01-31 10:00:00"\nu;j;2023-01-31\n' * 5,
+    "shop.inter": b"user_id:token\titem_id:token\ttimestamp:float\n" + b"u\ti\t1.5e9\nu\tj\t7.0\n" * 5,
+    "items.jsonl": b"{'asin': 'i', 'title': '[1]', 'x': [['a', {'b': 1}], 'http://x']}\n" + b'{"id": 3, "name": NaN, "y": "[1, [2]]"}\n' * 5,
+    "items.csv": b",id,title,genre\n" + b'0,i,"<b>x</b> &amp;amp;","[\'a\', \'b\']"\n,,,\n' * 5,
+    "shop.item": b"item_id:token\ttitle:token_seq\tclass:token_seq\n" + b'i\t"7"" single"\ta b c\n' * 5,
+}
+
+
+@pytest.mark.parametrize("file", FORMS)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_other_forms_under_fuzz(tmp_path, file, zipped, capsys):
+    """Whatever the bytes: a table, or one InputError of one printable line."""
+    from test_robustness import mutated
+
+    random, refused = np.random.default_rng(sum(file.encode())), 0
+    path = tmp_path / (file + ".gz" * zipped)
+    for turn in range(60):
+        content = FORMS[file]
+        broken = mutated(random, gzip.compress(content) if zipped and turn % 2 else content)
+        path.write_bytes(gzip.compress(broken) if zipped and not turn % 2 else broken)
+        try:
+            readers.read_csv(tmp_path) if "inter" in file else readers.read_items(path)
+        except data.InputError as error:
+            refused += 1
+            assert file in str(error) and guard.printable(error)
+    assert refused > 10
+
+
 # ---- A million lines -------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +577,6 @@ def test_a_million_lines_in_seconds(tmp_path):
                      random.integers(956703932, 1046454590, 10**6)], 1)
     (tmp_path / "ratings.dat").write_text("".join(f"{u}::{i}::{r}::{t}\n" for u, i, r, t in rows.tolist()))
     began = time.time()
-    users, items, times = readers.read_log(tmp_path / "ratings.dat", kind=np.int64)
+    users, items, times = readers.read_log(tmp_path / "ratings.dat", kind=int)
     assert time.time() - began < 10
     assert (users == rows[:, 0]).all() and (items == rows[:, 1]).all() and (np.argsort(times, kind="stable") == np.argsort(rows[:, 3], kind="stable")).all()
