@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -301,11 +302,12 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
     special = re.compile(
         "|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens]))
     )  # an end token in a title would end its name
-    names = {}  # tokens: (id, name); titles that differ in no token are equal to the LLM
+    names, equal = {}, []  # tokens: (id, name); titles that differ in no token are equal to the LLM
     for item in dataset.items:
         name = title = special.sub("", item["title"])
         tokens = ids = encode(" " + title)
         count, before = 1, None
+        equal += [item["id"]] if ids in names else []
         while not name or tokens in names or max_tokens and name == title and len(ids) > max_tokens:
             unseen = count > 2 and tokens == before or not decode(tokens)
             if name and tokens in names and unseen:
@@ -318,6 +320,11 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
             name = (tokenizer.decode(short).strip() if max_tokens else title) + suffix
             tokens, count = encode(" " + name), count + 1
         names[tokens] = item["id"], name
+    if equal:
+        print(
+            f"note: {len(equal)} titles are equal to others for this tokenizer, such as {equal[0]!r}'s, and got a number",
+            file=sys.stderr,
+        )
     return [name for _, name in names.values()]
 
 
@@ -580,6 +587,7 @@ def prepare(args):
         "name": Path(args.out).name,
         "dataset": args.dataset,
         "source": args.source,
+        "columns": args.columns,
         "seed": args.seed,
         "world_seed": args.world_seed,
         "min_count": args.min_count,

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,11 +50,14 @@ def extend(dataset, folder):
     nothing known is left out with a note; the vectors of known items stay as they are."""
     if not files(folder, FILES["csv"][0]):
         raise InputError(f"--new {folder}: no interactions.csv in it")
-    users, items, times = read_csv(folder, say=tell)
+    chosen = dict(
+        dataset.meta.get("columns") or ()
+    )  # data.py --columns: they hold for later files too
+    users, items, times = read_csv(folder, chosen, tell)
     order = np.argsort(times, kind="stable")
     pairs, table = np.stack([users, items], 1)[order].astype(str).tolist(), {}
     for path in files(folder, FILES["csv"][1]):
-        table |= read_items(path, say=tell)
+        table |= read_items(path, chosen, tell)
     number = lambda names: {name: k for k, name in enumerate(names)}
     known_users, known_items = number(dataset.users), number(item["id"] for item in dataset.items)
     new_users = new_names(pairs, known_users, known_items)

@@ -156,8 +156,9 @@ def read_items(path, chosen=None, say=tell):
         if key in found:
             table.remarks["repeated lines left out"] += 1
         found[key] = item
-    if found and "title" not in table.columns:
-        raise table.unfit(["title"], names, 1)
+    missing = sorted({"title", *table.chosen} & {*table.roles} - {*table.columns})
+    if found and missing:
+        raise table.unfit(missing, names, 1)
     say(table)
     return found
 

@@ -82,7 +82,7 @@ class Table:
             if fits:
                 found[role] = fits[0]
                 self.columns[role] = names[fits[0]]
-            elif role in self.chosen or role not in ("title", "text"):
+            elif role not in ("title", "text"):  # a row may lack these
                 missing.append(role)
         if missing:
             raise self.unfit(missing, names, number)
@@ -220,8 +220,9 @@ def flatten(value):
     """A value -> the texts in it, and how many objects and addresses it has, which are left out. Lists may lie in lists, and in
     strings as Python or JSON write them."""
     if isinstance(value, str) and value[:1] in ("[", "{") and value[-1:] in ("]", "}"):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = ast.literal_eval(value)
+        for parse in (ast.literal_eval, json.loads):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                value = parse(value)
     if isinstance(value, (list, tuple, set)):
         parts = [flatten(part) for part in value]
         texts = itertools.chain.from_iterable(found for found, _ in parts)
