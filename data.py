@@ -447,13 +447,13 @@ def read_source(args):
         }
     chosen = dict(args.columns or ())
     log = READERS[args.dataset](args.source, chosen)
-    path = args.items or find(args.source, FILES[args.dataset][1], args.dataset)
-    table = read_items(Path(path), chosen)
+    path = Path(args.items or find(args.source, FILES[args.dataset][1], args.dataset))
+    table = read_items(path, chosen)
     if not len(log[0]):
         raise InputError(
             f"--source {args.source}: no interactions in its {' or '.join(FILES[args.dataset][0])}"
         )
-    check_ids(Path(path), log[1], table)
+    check_ids(path, log[1], table)
     return *log, table
 
 

@@ -110,7 +110,7 @@ def read_openp5(source, chosen=None, say=tell):
     """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
     pairs, seen, path = [], {}, find(source, FILES["openp5"][0], "openp5")
     table = Table(path, ("user",))
-    table.columns = {"user": "first word of a line", "items": "the others, in time order"}
+    table.columns["user"] = "first word of a line"
     with reading(path, "write it again as UTF-8"), table.open() as f:
         for number, line in enumerate(f, 1):
             user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]

@@ -33,10 +33,10 @@ NAMES["id"] = ["id", *NAMES["item"]]
 
 # Files that have no header: what stands between their columns, and what these are
 HEADERLESS = {
-    "u.data": ("\t", ("user", "item", "rating", "timestamp")),
-    "ratings.dat": ("::", ("user", "item", "rating", "timestamp")),
+    "u.data": ("\t", "user item rating timestamp".split()),
+    "ratings.dat": ("::", "user item rating timestamp".split()),
     "u.item": ("|", ("id", "title", "")),
-    "movies.dat": ("::", ("id", "title", "genres")),
+    "movies.dat": ("::", "id title genres".split()),
 }
 
 MISSING = {"", "NaN", "nan", "NaT", "null", "NULL", "None", "<NA>", "\\N", "(no genres listed)"}
@@ -126,14 +126,15 @@ class Table:
             "utf-8-sig",
             "cp1252",
             "latin-1",
-        ):  # the middle one: Latin-1 as Windows has it
-            try:
-                with opener(self.path, "rt", encoding=encoding, newline="") as f:
-                    while f.read(1 << 20):
-                        pass
+        ):  # Latin-1 as Windows has it, and as it is
+            with (
+                suppress(UnicodeDecodeError),
+                opener(self.path, "rt", encoding=encoding, newline="") as f,
+            ):
+                while f.read(1 << 20):
+                    pass
                 break
-            except UnicodeDecodeError:
-                self.remarks["read as Latin-1, since it is not UTF-8"] = 0
+            self.remarks["read as Latin-1, since it is not UTF-8"] = 0
         return opener(self.path, "rt", encoding=encoding, newline="")
 
     def json_rows(self, lines, number, one_list):
@@ -195,11 +196,11 @@ class Table:
 
     def name(self, name):
         """A column's name without RecBole's type; pandas' "Unnamed: 0" is none."""
-        found = re.fullmatch(r"(.+):(token|float)(_seq)?", name.strip())
-        if found and found[3]:
-            self.lists.add(found[1])
-        name = found[1] if found else name.strip()
-        return "" if name.startswith("Unnamed: ") else name
+        name = name.strip()
+        bare = re.sub(":(token|float)(_seq)?$|^Unnamed: .*", "", name)
+        if name.endswith((":token_seq", ":float_seq")):
+            self.lists.add(bare)
+        return bare
 
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
