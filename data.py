@@ -111,7 +111,9 @@ class Dataset:
         still = UserSolver(
             self.raw_cf, replace(self.solver.settings, recency=1.0), self.solver.gram
         )
-        return still.of_histories([self.items_of(u, "train") for u in users])
+        short = np.diff(self.indptr) < 3  # they lend all they have
+        histories = [self.items_of(u, None if short[u] else "train") for u in users]
+        return still.of_histories(histories)
 
     def training_users(self, user, places):
         """Raw vectors (n, E) of a user as a training target at each place (n,) of the history meets
@@ -706,6 +708,8 @@ def parse_args(argv=None):
         help="catalogue of the toy world; the shipped LLM knows world 0 [0]",
     )
     args = p.parse_args(argv)
+    if args.a0 is not None and args.reg is None:
+        raise InputError("--a0 goes with --reg: together they are the ridge")
     if args.dataset != "toy" and not args.source:
         raise InputError(
             f"--dataset {args.dataset} needs --source, the folder with the raw files; MovieLens: {MOVIELENS_URL}"

@@ -301,11 +301,11 @@ def evaluate_text(model, examples, args, device):
 
 def controls(model, measure):
     """{name: measure()} when the CF vectors belong to others, when soft tokens are zero, when there are none: is the signal used?"""
-    cf, encoder, out = model.cf.clone(), model.encoder, {}
+    cf, shuffled, encoder, out = model.cf.clone(), model.shuffled, model.encoder, {}
     model.shuffle_cf()
     out["shuffled_cf"] = measure()
     model.cf.copy_(cf)
-    model.shuffled, model.zero_soft = False, True
+    model.shuffled, model.zero_soft = shuffled, True
     out["zero_soft_tokens"] = measure()
     model.zero_soft, model.encoder = False, None
     out["text_only"] = measure()
@@ -395,13 +395,15 @@ def evaluate_run(run, args, device):
             for task, share in zip((*RANKING_TASKS, "text"), config.get("mix", (1, 1, 1)))
             if share
         ]
-        for task in [t for t in RANKING_TASKS if t in tasks]:
+        for task in [t for t in RANKING_TASKS if t in tasks and len(users)]:
             out["rec"][task] = {prompts: rank(task, prompts) for prompts in ("seen", "unseen")}
         if "text" in tasks and examples.tasks[args.split]:
             out["text"] = write()
-        out["references"] = references(
-            dataset, users, args.split, args.keep_history, args.sasrec, device
-        )
+        out["references"] = {}
+        if len(users):  # else nobody has a target
+            out["references"] = references(
+                dataset, users, args.split, args.keep_history, args.sasrec, device
+            )
         if args.controls and model.encoder is not None:
             if "sequential" in out["rec"]:
                 out["controls"] = controls(model, lambda: rank("sequential", "seen"))
@@ -419,11 +421,10 @@ def evaluate_run(run, args, device):
 
 def test_users(dataset, limit):
     """All eligible users, or a sample of them, fixed by a hash of their ids."""
-    return np.sort(
-        sorted(
-            dataset.eligible(), key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest()
-        )[: limit or None]
+    by_hash = sorted(
+        dataset.eligible(), key=lambda u: hashlib.sha256(dataset.users[u].encode()).digest()
     )
+    return np.sort(np.array(by_hash[: limit or None], dtype=int))
 
 
 # ---- Recommendations for many users ------------------------------------------------------------------------------------

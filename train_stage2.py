@@ -161,13 +161,15 @@ class Examples:
         vectors = self.dataset.standard_users(self.dataset.users_at(users, split))
         histories = [self.dataset.items_of(u, split) for u in users]
         recent = [last_items(history, [len(history)], self.model.history) for history in histories]
-        return self.model.with_history(vectors, np.concatenate(recent))
+        none = np.zeros((0, self.model.history), dtype=int)
+        return self.model.with_history(vectors, np.concatenate([none, *recent]))
 
     def training_users(self, user, places):
         """Standardised vectors (n, E) of a user as a training target at each place (n,) meets them."""
         if self.model.shuffled:
             others = self.users[self.stranger[user] % len(self.users)]
-            places, user = places % len(self.dataset.items_of(others, "train")), others
+            count = len(self.dataset.items_of(others, "train"))
+            places, user = 1 + (places - 1) % (count - 1), others
         vectors = self.dataset.standard_users(self.dataset.training_users(user, places))
         history = self.dataset.items_of(user, "train")
         return self.model.with_history(vectors, last_items(history, places, self.model.history))
@@ -209,7 +211,7 @@ class Examples:
                 for k in range(1, len(window))
             ]
         return [
-            Prompt([*longest[:end], *longest[last[-1] :]], [v] if longest.cf else [])
+            Prompt([*longest[:end], *longest[last[-1] :]], [v] * len(longest.cf))
             for end, v in zip(last, cf)
         ]
 
@@ -233,9 +235,7 @@ class Examples:
         prompt = self.ranking(
             "straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1])
         )
-        prompts = [
-            Prompt(prompt, [v] if prompt.cf else []) for v in self.training_users(user, places)
-        ]
+        prompts = [Prompt(prompt, [v] * len(prompt.cf)) for v in self.training_users(user, places)]
         return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)])
 
     def pack(self, examples):
@@ -387,7 +387,7 @@ def parse_args(argv=None):
         "--prior",
         default="popularity",
         choices=PRIORS,
-        help="what stands in the trie for the LLM's opinion of names [popularity]",
+        help="what is added in the trie to the LLM's opinion of names [popularity]",
     )
     p.add_argument(
         "--temperature",
@@ -488,14 +488,14 @@ def main():
     shares[2] *= bool(examples.tasks["train"])
     if not shares.sum():
         raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
-    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
-    held_out = {
-        kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]
-    }  # what is trained chooses the checkpoint
     if shares[:2].any() and not len(examples.users):
         raise InputError(
             f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions"
         )
+    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
+    held_out = {
+        kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]
+    }  # what is trained chooses the checkpoint
     if not held_out:
         raise InputError(
             f"{args.data}: no text task of a validation item to choose a checkpoint by; --mix needs more than texts"
@@ -576,7 +576,7 @@ def main():
             )
     ahead.shutdown()
     say(
-        f"wrote {run.path}: best validation loss {run.best:.3f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s"
+        f"wrote {run.path}: best validation loss {run.best:.4f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s"
     )
 
 

@@ -181,12 +181,18 @@ class UserSolver:
         return solve_rows(self.gram, *map(torch.from_numpy, sums), self.settings, len(self.item_cf))
 
     def without(self, history, places):
-        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,)."""
+        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,), however
+        often it was chosen."""
         Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
         own = Y[torch.as_tensor(np.asarray(places, dtype=np.int64))]
-        S = Y.T @ Y - own[:, :, None] * own[:, None, :]
-        weight = torch.full((len(own),), len(Y) - 1.0)
-        return solve_rows(self.gram, S, Y.sum(0) - own, weight, self.settings, len(self.item_cf))
+        history = np.asarray(history)
+        times = (history[np.asarray(places, dtype=np.int64)][:, None] == history).sum(1)
+        times = torch.as_tensor(times, dtype=torch.float32)
+        S = Y.T @ Y - times[:, None, None] * own[:, :, None] * own[:, None, :]
+        weight = len(Y) - times
+        return solve_rows(
+            self.gram, S, Y.sum(0) - times[:, None] * own, weight, self.settings, len(self.item_cf)
+        )
 
 
 def last_items(history, places, count):

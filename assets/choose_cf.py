@@ -108,7 +108,11 @@ def choose_cf(users, items, indptr, num_items, args, item_cf=None):
 
     # How far training moments are from validation's: their vectors do not know the target, the item vectors do
     moments = training_moments(indptr, MAX_USERS)
-    pasts = [items[indptr[u] : indptr[u] + place] for u, place in zip(*moments)]
+    pasts = []
+    for u, place in zip(*moments):
+        whole = items[indptr[u] : indptr[u + 1] - 2]
+        others = whole[whole != whole[place]]
+        pasts.append(whole[:place] if chosen.recency < 1 else others)
     at_train = torch.from_numpy(items[indptr[moments[0]] + moments[1]].astype(np.int64))
     vectors = kept[chosen.dim, chosen.reg, chosen.a0]
     seen = (
