@@ -238,3 +238,10 @@ def test_the_folder_holds_no_table_of_users(toy):
     assert set(arrays) == {"item", "user_stats", "user_gram"}
     assert arrays["user_stats"].shape == (2, 12)
     assert arrays["user_gram"].shape == (12, 12)
+
+
+def test_without_leaves_out_an_item_however_often_it_was_bought():
+    item_cf = torch.randn(NUM_ITEMS, 4, generator=torch.Generator().manual_seed(0))
+    solver = UserSolver(item_cf, CFSettings(dim=4, recency=1.0))
+    found = solver.without(np.array([3, 5, 3, 7]), [0])
+    torch.testing.assert_close(found, solver.of_histories([np.array([5, 7])]), atol=1e-5, rtol=1e-5)

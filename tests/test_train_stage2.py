@@ -199,3 +199,20 @@ def test_a_step_has_the_same_bits_every_time(make_ilm):
         seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.set_num_threads(1)
     assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.parametrize("task", ["sequential", "straightforward"])
+def test_a_prompt_may_mention_its_user_twice(make_ilm, task):
+    """Every branch has a user of its own, at both places: the loss is that of the branches one by one."""
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    template = "{user} asks after {history}: what for {user}"
+    if task == "sequential":
+        row = examples.sequential_row(0, template, np.random.default_rng(0))
+    else:
+        row = examples.straightforward_row(0, template.replace("{history}", "all"), np.random.default_rng(0))
+    count = max(row["branch"])
+    assert len(row["cf"]) == 2 * count
+    assert all(torch.equal(row["cf"][2 * k], row["cf"][2 * k + 1]) for k in range(count))
+    total, nll = model(examples.collate([row]))
+    assert torch.isfinite(total) and len(nll) >= count
