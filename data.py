@@ -1,7 +1,7 @@
 """Raw interaction logs -> one prepared folder that every other script reads. First file to read, first command to run.
 
-    python data.py                                                  # the toy world                          about 2 s
-    python data.py --dataset movielens --source ml-100k --out data/ml-100k                                    about 3 s
+    python data.py                                                  # the toy world                          about 3 s
+    python data.py --dataset movielens --source ml-100k --out data/ml-100k                                   about 20 s
 
 A recommender knows items through *interactions* (who chose what, in which order), a language model through *text*. This file
 prepares both, and the collaborative-filtering (CF) vectors that the item-language model will translate into text space.

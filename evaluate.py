@@ -3,7 +3,7 @@
     python evaluate.py                                                    # all runs of out/toy
     python evaluate.py --run out/toy/ilm out/toy/mlp --controls --sasrec --json results.json
     python evaluate.py --recommend users.txt                                  # the ten best items for each user id in the file
-    python evaluate.py --table assets/results/toy/*.json --plot assets        # means over seeds and who differs; runs nothing
+    python evaluate.py --table assets/results/main/*.json --plot assets        # means over seeds and who differs; runs nothing
 
 Ranking: for every test user the whole catalogue is ranked by the LLM's likelihood of each item's name, with one of the ten seen prompts
 (user number modulo 10) and with the unseen one. HR@k: share of users whose test item is among the first k. NDCG@k: mean of

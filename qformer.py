@@ -10,7 +10,8 @@ and user-item (UI) losses. A user is one more item: the same encoder reads user 
 
 Dimension letters, for the whole project:
     B batch   Q queries = soft tokens per item   T text tokens   M CF key tokens   D Q-Former width   E CF width
-    H heads   V vocabulary   P width of the contrastive space   L prompt length   I items   U users   N any number of rows   S keys"""
+    H heads   V vocabulary   P width of the contrastive space   L prompt length   W items of a history
+    I items   U users   N any number of rows   S keys"""
 
 import math
 from dataclasses import dataclass, replace

@@ -32,6 +32,7 @@ ml1m)
     stage2="${stage2/--steps 400/--steps 800}" evaluate="--batch-size 256 --max-users 2000" seeds=${SEEDS:-0}
     [ -d data/ml1m ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml1m" --out data/ml1m
     pretrain $llm 3072 ;;
+*) echo "$name: give toy, ml100k, beauty or ml1m" >&2; exit 2 ;;
 esac
 if [ "$name" != "$data" ]; then
     steps=${name##*-texts} stage2="--steps ${steps:-240} --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" once="--controls"
