@@ -129,9 +129,8 @@ class Dataset:
 
     def moments(self, users, places):
         """Raw vectors (n, E) of many users, each as a training target at one place meets them."""
-        if self.user_cf is None and self.solver.recency < 1:
-            pasts = [self.items_of(u, "train")[:place] for u, place in zip(users, places)]
-            return self.solver.of_histories(pasts)
+        if self.user_cf is None:
+            return self.solver.moments([self.items_of(u, "train") for u in users], places)
         rows = [self.training_users(u, [place]) for u, place in zip(users, places)]
         return torch.cat(rows) if rows else torch.zeros(0, self.raw_cf.shape[1])
 
@@ -528,18 +527,10 @@ def find_cf(users, items, indptr, num_items, args):
 def user_statistics(solver, user_cf, sequence, indptr, count=10_000):
     """Mean and standard deviation (2, E) of raw users at `count` training moments."""
     moments = training_moments(indptr, count)
-    if user_cf is not None:
-        raw = user_cf
-    elif solver.recency < 1:
-        raw = solver.of_histories(
-            [sequence[indptr[u] : indptr[u] + place] for u, place in zip(*moments)]
-        )
-    else:
-        raw = [
-            solver.without(sequence[indptr[u] : indptr[u + 1] - 2], [place])
-            for u, place in zip(*moments)
-        ]
-        raw = torch.cat(raw) if raw else torch.zeros(0, solver.item_cf.shape[1])
+    raw = user_cf
+    if raw is None:
+        users, places = moments
+        raw = solver.moments([sequence[indptr[u] : indptr[u + 1] - 2] for u in users], places)
     if len(raw) < 2:
         return torch.stack(
             [torch.zeros(solver.item_cf.shape[1]), torch.ones(solver.item_cf.shape[1])]

@@ -116,23 +116,23 @@ def reference_scores(dataset, split):
         return (scores - history * count[:, None] / norm**2).T  # an item is not its own neighbour
 
     yield "item-knn", item_knn
-    still = UserSolver(dataset.raw_cf, replace(dataset.solver.settings, recency=1.0))
-    if dataset.user_cf is not None:  # another engine's users stand at every moment
-        yield "mf", lambda batch: dataset.users_at(batch, split) @ dataset.raw_cf.T
-        return
-    yield (
-        "mf",
-        lambda batch: (
-            still.of_histories([dataset.items_of(u, split) for u in batch]) @ dataset.raw_cf.T
-        ),
-    )
     moment = lambda batch: dataset.users_at(batch, split) @ dataset.raw_cf.T
-    if dataset.solver.recency < 1:
-        yield AT_THE_MOMENT, moment
-    yield (
-        PLUS_POPULARITY,
-        lambda batch: moment(batch) + popularity_weight(dataset) * dataset.purchases.log1p(),
-    )
+    if dataset.user_cf is not None:  # another engine's users stand at every moment
+        yield "mf", moment
+    else:
+        still = UserSolver(dataset.raw_cf, replace(dataset.solver.settings, recency=1.0))
+        yield (
+            "mf",
+            lambda batch: (
+                still.of_histories([dataset.items_of(u, split) for u in batch]) @ dataset.raw_cf.T
+            ),
+        )
+        if dataset.solver.recency < 1:
+            yield AT_THE_MOMENT, moment
+        yield (
+            PLUS_POPULARITY,
+            lambda batch: moment(batch) + popularity_weight(dataset) * dataset.purchases.log1p(),
+        )
     if dataset.meta["dataset"] == "toy":
         world = toy_world(dataset.meta["world_seed"])
         numbers = np.array(

@@ -43,12 +43,10 @@ class CFSettings:
     dim: int = 24
     alpha: float = 2.0  # extra weight of an observed pair
     reg: float = 1.0
-    a0: float = (
-        0.0  # 0: reg is flat; else a row has reg * (its weight + a0 * N), N rows on the other side
-    )
-    recency: float = (
-        1.0  # d: an item that lies j steps back weighs d ** j; 1: order does not matter
-    )
+    # 0: reg is flat; else a row has reg * (its weight + a0 * N), with N rows on the other side
+    a0: float = 0.0
+    # d: an item that lies j steps back weighs d ** j; 1: order does not matter
+    recency: float = 1.0
 
     def ridge(self, weight, N):
         """What stands on the diagonal for rows whose interactions weigh `weight` (R,) in all. The scaled
@@ -193,6 +191,14 @@ class UserSolver:
         return solve_rows(
             self.gram, S, Y.sum(0) - times[:, None] * own, weight, self.settings, len(self.item_cf)
         )
+
+    def moments(self, histories, places):
+        """Training histories of n users and a place in each -> (n, E): each user as that training target
+        meets them, by `before` or, where order does not matter, by `without`."""
+        if self.recency < 1:
+            return self.of_histories([h[:place] for h, place in zip(histories, places)])
+        rows = [self.without(h, [place]) for h, place in zip(histories, places)]
+        return torch.cat(rows) if rows else torch.zeros(0, self.item_cf.shape[1])
 
 
 def last_items(history, places, count):
