@@ -9,6 +9,7 @@
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the paper: the LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder."""
 
+import datetime
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,9 +48,12 @@ SOFT_BASE = (
 )  # in token ids: SOFT_BASE + entity * Q + q is the q-th soft token of an entity (see Prompt)
 START_TEMPERATURE = 0.4  # of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
 PRIORS = ("popularity", "uniform", "none")
-
+# What a chat template gets that writes today's date: a run must not change overnight (config.json keeps it)
+CHAT_DATE = "2024-07-26"
 
 MENTION = re.compile(r"\{(user|history|item)(?::([\d,]+))?\}")
+# A template that ends with a user
+ASKS_ABOUT_USER = re.compile(r"(.*?)(\{user(?::\d+)?\})\W*", re.DOTALL)
 
 
 class Prompt(list):
@@ -94,18 +98,37 @@ def unpacked(batch):
             yield row * len(ids) + torch.cat([trunk, own[: first + 1]]), label[own[first:]]
 
 
-def frame(turns, tokenizer):
+def as_turns(template, tokenizer):
+    """A template -> the turns of a conversation. A chat LLM that is asked about a user reads the user's soft tokens
+    in the answer that it has begun, "For {user}", so that nothing of its template stands between them and
+    the item's name; the question is what stands before."""
+    if not isinstance(template, str):
+        return template
+    asked = ASKS_ABOUT_USER.fullmatch(template)
+    return (
+        [asked[1].strip(), f"For {asked[2]}"] if asked and tokenizer.chat_template else [template]
+    )
+
+
+def frame(turns, tokenizer, date=CHAT_DATE):
     """The turns of a conversation, user and model in turn -> one text, and whether the tokenizer puts its own
-    special tokens around it. By the LLM's chat template, if it has one, with the model's next turn opened."""
+    special tokens around it. By the LLM's chat template, if it has one: the model's next turn is opened, and
+    begun by the last of an even number of turns. date: what a template is told that asks for today's."""
     if not tokenizer.chat_template:
         said = [
             (" ", "\n")[k % 2] + turn for k, turn in enumerate(turns[1:])
         ]  # answers after a space
         return turns[0] + "".join(said), True
+    asked, begun = (turns, "") if len(turns) % 2 else (turns[:-1], turns[-1])
     roles = [
-        {"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)
+        {"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(asked)
     ]
-    return tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True), False
+    written = lambda call: repr(datetime.date.fromisoformat(date).strftime(call[2]))
+    dated = re.sub(r"strftime_now\((['\"])(.*?)\1\)", written, tokenizer.chat_template)
+    framed = tokenizer.apply_chat_template(
+        roles, chat_template=dated, tokenize=False, add_generation_prompt=True
+    )
+    return framed + begun, False
 
 
 def shifted(ids, count, num_items, Q):
@@ -265,7 +288,7 @@ class ILM(nn.Module, Portable):
         say themselves whom they mean, by index; {item:I+n} is guests[n], a vector (E,) that has no name.
         `named=False` leaves the names of {item} out (text tasks). A list of templates is a conversation, user
         and model in turn. What is too long loses its oldest history items, whole, then its oldest turns."""
-        turns, history = [template] if isinstance(template, str) else template, list(history)
+        turns, history = as_turns(template, self.tokenizer), list(history)
         while True:
             prompt = self.tokenise(*self.filled(turns, user, history, items, named, cf, guests))
             if len(prompt) + self.reserve <= self.context or not history and len(turns) < 3:
@@ -317,7 +340,7 @@ class ILM(nn.Module, Portable):
     def tokenise(self, texts, entities, vectors):
         """The turns of a conversation, framed as the LLM is used to, as one text -> a Prompt. Soft tokens
         replace the reserved token one by one, counted."""
-        framed, special = frame(texts, self.tokenizer)
+        framed, special = frame(texts, self.tokenizer, self.config.get("chat_date", CHAT_DATE))
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
         if self.encoder is not None:
             slots = iter([SOFT_BASE + e * self.Q + q for e in entities for q in range(self.Q)])

@@ -49,7 +49,7 @@ from assets.run import (
     sum_over_processes,
 )
 from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
-from ilm import PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
+from ilm import CHAT_DATE, PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (
     LOCAL_ARGS,
@@ -458,6 +458,7 @@ def make_config(args, dataset):
         "qformer": qformer_config,
         "num_queries": qformer_config["num_queries"],
         "fingerprint": fingerprint(dataset),
+        "chat_date": CHAT_DATE,
     }, qformer
 
 

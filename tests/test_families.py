@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
-from ilm import SOFT_BASE, load_ilm
+from ilm import SOFT_BASE, frame, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import Examples
 
@@ -285,6 +285,27 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
     elif not any("▁" in token[1:] for token in model.tokenizer.get_vocab()):  # TinyStories' pieces span words: there is no cut between
         assert prompt + model.name_ids[3][:-1] == tokenize("The next one: " + name, True)
     assert prompt.count(model.tokenizer.bos_token_id) == (model.tokenizer.bos_token_id is not None)
+
+
+def test_nothing_stands_between_a_user_and_the_name_that_is_asked_for(shared):
+    """A chat LLM reads the user's soft tokens in the answer that it has begun; the question is what stands before."""
+    user = shared.dataset.standard_users(shared.dataset.users_at([1]))[0]
+    prompt = shared.prompt_ids("So far: {history}. Next for {user}:", user=1, history=[3, 4], cf=shared.with_history(user[None])[0])
+    if shared.seq2seq:  # the end token, which T5 and its like put behind every text
+        prompt = prompt[:-1]
+    if not shared.tokenizer.chat_template:
+        return
+    soft = [SOFT_BASE + shared.num_items * shared.Q + q for q in range(shared.Q)]
+    assert prompt[-shared.Q:] == soft
+    words = shared.tokenizer.decode([i for i in prompt if i < SOFT_BASE])
+    question, answer = words.split("Next for")
+    assert answer.rstrip().endswith("For user") and ("assistant" in answer or "model" in answer) and "So far:" in question
+
+
+def test_a_chat_template_that_asks_for_the_date_gets_a_fixed_one():
+    tokenizer = make_tokenizer("bytes", "{{ strftime_now('%d %b %Y') }}|{{ messages[-1]['content'] }}|")
+    assert frame(["hello"], tokenizer) == ("26 Jul 2024|hello|", False)
+    assert frame(["hello", "well,"], tokenizer, "2001-02-03") == ("03 Feb 2001|hello|well,", False)
 
 
 def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp_path, capsys):
