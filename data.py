@@ -316,7 +316,8 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
                     f"--item-names title: the tokenizer knows no letter by which the items {names[tokens][0]!r} and {item['id']!r} "
                     "differ; take another LLM or --item-names random"
                 )
-            before, suffix = tokens, f" {count}" if count > 1 else ""
+            # Of numbered names alone: one that was cut may end in that number by itself
+            before, suffix = tokens if count > 2 else None, f" {count}" if count > 1 else ""
             short = ids[: max(1, max_tokens - len(encode(suffix)))]
             name = (tokenizer.decode(short).strip() if max_tokens else title) + suffix
             tokens, count = encode(" " + name), count + 1

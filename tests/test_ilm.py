@@ -99,6 +99,14 @@ def test_cut_names_stay_unique_and_short(make_ilm):
     assert sorted(ilm.item_names(model.dataset, model.tokenizer, "random"))[0] == "item_1001"
 
 
+def test_a_cut_name_that_ends_in_a_number_by_itself_is_no_unknown_letter(make_ilm):
+    model = make_ilm()
+    for item, end in enumerate(("Ounce", "oz", "Pack")):
+        model.dataset.items[item]["title"] = f"Amber Window 2 {end}"
+    names = ilm.item_names(model.dataset, model.tokenizer, max_tokens=3)
+    assert len(set(names)) == 120 and names[0] == "Amber Window 2"
+
+
 # -- the model
 
 
