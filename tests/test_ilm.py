@@ -103,7 +103,7 @@ def test_a_cut_name_that_ends_in_a_number_by_itself_is_no_unknown_letter(make_il
     model = make_ilm()
     for item, end in enumerate(("Ounce", "oz", "Pack")):
         model.dataset.items[item]["title"] = f"Amber Window 2 {end}"
-    names = ilm.item_names(model.dataset, model.tokenizer, max_tokens=3)
+    names = ilm.item_names(model.dataset, model.tokenizer, max_tokens=4)
     assert len(set(names)) == 120 and names[0] == "Amber Window 2"
 
 
