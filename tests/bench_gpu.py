@@ -1,0 +1,129 @@
+"""How busy is the device? Stage 2's micro-batches and ranking, in under a minute; tiny sizes on a CPU.
+
+    python tests/bench_gpu.py                                                             # toy world: checks the script itself
+    python tests/bench_gpu.py --data data/ml-1m --llm HuggingFaceTB/SmolLM2-135M-Instruct --rows 8 32 --users 64 256 --compile
+
+build: making a batch on the CPU. new: a batch of a shape that was never seen (plans, allocations). seen: the same again (median).
+tokens/s: with building behind one another, in training a thread hides it. share: needed arithmetic / seconds of `seen` / the matmul peak
+that is measured first, where needed is 4 per LLM weight and real token, plus 12 D a layer and pair (query, key) that may attend: padding
+and masked pairs are no work. asks: how often the host waits for the device in forward and backward. Ranking: milliseconds a user."""
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_stage2  # noqa: E402
+from data import load_dataset  # noqa: E402
+from evaluate import targets_and_taken  # noqa: E402
+from ilm import build_ilm, packed_attention  # noqa: E402
+
+p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+p.add_argument("--data", default="data/toy")
+p.add_argument("--llm", default="assets/toy_llm")
+p.add_argument("--rows", type=int, nargs="+", default=[2])
+p.add_argument("--users", type=int, nargs="+", default=[4])
+p.add_argument("--num-queries", default="4")
+p.add_argument("--compile", action="store_true", help="compile the LLM's layers as well (10 to 30 s) and measure again")
+p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+args = p.parse_args()
+device, gpu, began = torch.device(args.device), args.device.startswith("cuda"), time.time()
+
+
+def timed(f, *arguments):
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    wait()
+    start = time.perf_counter()
+    out = f(*arguments)
+    wait()
+    return time.perf_counter() - start, out
+
+
+def measured_peak():
+    n, dtype = (8192, torch.bfloat16) if gpu else (768, torch.float32)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timed(torch.matmul, a, b)[0] for _ in range(8))
+
+
+def asks(f):
+    """How often the host waits for the device during f(), by torch's sync debug mode; nothing waits on a CPU."""
+    if not gpu:
+        return 0
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        f()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in seen)
+
+
+dataset = load_dataset(args.data)
+arguments = ["--method", "ilm-rand", "--data", args.data, "--llm", args.llm, "--num-queries", args.num_queries, "--name-tokens", "8"]
+torch.manual_seed(0)
+model = build_ilm(train_stage2.make_config(train_stage2.parse_args(arguments), dataset)[0], dataset, device).train()
+examples = train_stage2.Examples(model, dataset)
+weights = sum(x.numel() for name, x in model.llm.named_parameters() if "embed" not in name and "head" not in name)
+shape, peak = model.llm.config, measured_peak()
+print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, matmul {peak / 1e12:.2f} TFLOP/s, "
+      f"{weights / 1e6:.1f} M weights in the layers")
+
+
+def step(batch):
+    with model.autocast():
+        total, _ = model(batch)
+    total.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def training(name, kind, rows):
+    made = [timed(examples.batch, kind, rows, np.random.default_rng(k)) for k in range(4)]
+    build, batches = statistics.median(seconds for seconds, _ in made), [batch for _, batch in made]
+    step(batches[0])  # libraries, kernels
+    new = statistics.median(timed(step, batch)[0] for batch in batches[1:])
+    seen = statistics.median(timed(step, batch)[0] for _ in range(3) for batch in batches[1:])
+    tokens = pairs = targets = 0
+    for batch in batches[1:]:
+        real = batch["branch"] >= 0
+        tokens += int(real.sum()) / 3
+        pairs += int((packed_attention(batch)[:, 0] & real[:, :, None]).sum()) / 3
+        targets += len(batch["target"]) / 3
+    needed = 4 * weights * tokens + 12 * shape.hidden_size * shape.num_hidden_layers * pairs
+    memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
+    print(f"{name:9} {kind:15} {rows:3} rows {tokens:7,.0f} tokens {targets:6,.0f} targets | build {build * 1e3:6.1f} new {new * 1e3:7.1f} "
+          f"seen {seen * 1e3:7.1f} ms | {tokens / (build + seen):9,.0f} tokens/s, alone {tokens / seen:9,.0f} | share {needed / seen / peak:.3f} "
+          f"| asks {asks(lambda: step(batches[1]))} | {memory:.1f} GiB", flush=True)
+
+
+@torch.no_grad()
+def ranking(count):
+    model.eval()
+    users = dataset.eligible()[:count]
+    build, prompts = timed(examples.ranking_prompts, "sequential", users, "test", "seen")
+    taken, trie = targets_and_taken(dataset, users, "test", False)[1].to(device), model.trie()
+
+    def rank():
+        with model.autocast():
+            return model.rank(prompts, trie, None, taken)
+    new, seen = timed(rank)[0], min(timed(rank)[0] for _ in range(2))
+    one, _ = timed(model.generate, prompts[:8], 16)  # what a user would do instead: a title written word by word, which is one item
+    model.train()
+    print(f"ranking   {len(users):4} users, {len(dataset.items):,} names | prompts {build / len(users) * 1e3:5.2f} new {new / len(users) * 1e3:6.2f} "
+          f"seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} ms a user | asks {asks(rank)}", flush=True)
+
+
+for kind in ("sequential", "straightforward"):
+    for rows in args.rows:
+        training("eager", kind, rows)
+for users in args.users:
+    ranking(users)
+if args.compile:
+    for layer in model.llm.base_model.layers:
+        layer.compile(dynamic=True)
+    for rows in args.rows:
+        training("compiled", "sequential", rows)
+print(f"{time.time() - began:.0f} s in all")
