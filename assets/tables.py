@@ -3,6 +3,7 @@
 Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
 one method (--against), by a bootstrap over users (text: items) and seeds; of two single runs it knows their users alone."""
 
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -10,22 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from assets.guard import InputError, printable
+from assets.guard import InputError, printable, reading
 from data import RANKING_TASKS
+from evaluate import CONTROLS, hr, standard_error
 from qformer import attention_pattern
 
-KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
-
-
-def standard_error(values):
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def per_user(metrics, key):
-    """What each user adds to HR@k or NDCG@k, (U,)."""
-    ranks, k = np.array(metrics["ranks"]), int(key.split("@")[1])
-    return (ranks <= k) * (1.0 if key.startswith("HR") else 1 / np.log2(ranks + 1))
+COLUMNS = ("HR@5", "NDCG@5", "NDCG@10", "HR@10")
 
 
 def bootstrap(a, b, draws=10_000, fixed=False):
@@ -105,7 +96,6 @@ def table(title, keys, methods, against="", values=None, references=()):
 
 def print_tables(results, against="ilm"):
     """Runs of one data set, whatever was measured of them."""
-    keys = [*KEYS[:2], KEYS[3], KEYS[2]]
     for task in RANKING_TASKS:
         references = {
             name: [m]
@@ -121,10 +111,10 @@ def print_tables(results, against="ilm"):
         users = next((m[0]["users"] for m in methods.values()), 0)
         table(
             f"{task} ({results[0]['split']}, {users} users)",
-            keys,
+            COLUMNS,
             methods,
             against,
-            lambda m: per_user(m, "HR@10"),
+            lambda m: hr(np.array(m["ranks"]), 10),
             references,
         )
     texts = by_method(results, lambda r: r["text"])
@@ -187,6 +177,25 @@ def print_tables(results, against="ilm"):
         print(
             f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over that of {union('yardstick')})"
         )
+
+
+def show(results, args):
+    """evaluate.py [--against METHOD] [--plot FOLDER]: tables of each data set, then the figures."""
+    for data in dict.fromkeys(r["dataset"] for r in results):
+        print(f"\n== {printable(data)}")
+        print_tables([r for r in results if r["dataset"] == data], args.against)
+    if args.plot:
+        plot(results, args.plot)
+
+
+def show_files(args):
+    """evaluate.py --table FILE ...: the same of results that were written before."""
+    with reading("--table", "give metrics.json or --json files of evaluate.py"):
+        results = []
+        for file in args.table:
+            found = json.loads(Path(file).read_text())
+            results += found if isinstance(found, list) else [found]
+        show(results, args)
 
 
 def plot(results, folder):
