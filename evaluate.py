@@ -240,7 +240,7 @@ def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
 def evaluate_stage1(run, config, args, device):
     """Losses and retrieval on the split's items; nothing where they have no text or the run learned
     none."""
-    from assets.extras.alignment import alignment
+    from assets.extras.figures import alignment
 
     dataset = load_dataset(config["data"])
     model, texts, _ = load_stage1(run, dataset, device)
