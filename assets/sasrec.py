@@ -201,3 +201,14 @@ def train_sasrec(dataset, validate, settings=Settings(), trials=1, seconds=1e9, 
             if best is None or report["validation"] > best["validation"]:
                 settings, score, best = candidate, found, report
     return score, {**best, "trials": reports}
+
+
+def sasrec_reference(dataset, validate, settings, device):
+    """train_sasrec of one candidate, by HR@10 + NDCG@10 of validate(score function), a dict of
+    metrics. settings: those that differ from the defaults, a dict."""
+
+    def value(score):
+        metrics = validate(score)
+        return metrics["HR@10"] + metrics["NDCG@10"]
+
+    return train_sasrec(dataset, value, Settings(**settings), device=device)

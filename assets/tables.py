@@ -1,37 +1,31 @@
-"""What evaluate.py prints and draws of many runs: means over seeds, who differs, figures (matplotlib, which nothing else needs).
+"""What evaluate.py prints of many runs: means over seeds, and who differs.
 
-Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard error, and p of the difference to
-one method (--against), by a bootstrap over users (text: items) and seeds; of two single runs it knows their users alone."""
+Runs named NAME-s0, NAME-s1, ... are seeds of one method: a table shows their mean and its standard
+error, and p of the difference to one method (--against), by a bootstrap over users (text: items)
+and seeds; of two single runs it knows their users alone.
+"""
 
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from assets.guard import InputError, printable
+from assets.guard import printable, reading
 from data import RANKING_TASKS
-from qformer import attention_pattern
+from evaluate import CONTROLS, hr, standard_error
 
-KEYS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
-
-
-def standard_error(values):
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def per_user(metrics, key):
-    """What each user adds to HR@k or NDCG@k, (U,)."""
-    ranks, k = np.array(metrics["ranks"]), int(key.split("@")[1])
-    return (ranks <= k) * (1.0 if key.startswith("HR") else 1 / np.log2(ranks + 1))
+COLUMNS = ("HR@5", "NDCG@5", "NDCG@10", "HR@10")
 
 
 def bootstrap(a, b, draws=10_000, fixed=False):
-    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users). Users are drawn in pairs, with
-    replacement. Seeds are too few for that (three of them drawn so would show 2/3 of their variance): what they add comes from Student's
-    t, with their pooled variance; where each side has one, users alone. fixed: b is a reference, whose own noise is left out."""
+    """Two-sided p of "no difference in the mean" of a (seeds, users) and b (seeds, the same users).
+
+    Users are drawn in pairs, with replacement. Seeds are too few for that (three of them drawn so
+    would show 2/3 of their variance): what they add comes from Student's t, with their pooled
+    variance; where each side has one, users alone. fixed: b is a reference, whose own noise is left
+    out."""
     rng, U, free = np.random.default_rng(0), a.shape[1], len(a) + len(b) - 2
     pooled = sum(((x.mean(1) - x.mean()) ** 2).sum() for x in (a, b)) / max(1, free)
     difference = a.mean(0) - b.mean(0)
@@ -48,8 +42,10 @@ def method_of(r):
 
 
 def by_method(results, pick, label=""):
-    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError. Runs of one name with other steps, learning
-    rate, split or treatment of the history are no seeds of each other: each gets a line of its own."""
+    """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError.
+
+    Runs of one name with other steps, learning rate, split or treatment of the history are no seeds
+    of each other: each gets a line of its own."""
     settings, out = {}, {}
     for r in results:
         settings.setdefault(method_of(r), set()).add(
@@ -62,225 +58,141 @@ def by_method(results, pick, label=""):
     return out
 
 
-def table(title, keys, methods, against="", values=None, references=()):
-    """Print a line a method: means over its seeds, standard error of the last column over seeds (of one run: over users), and p of the
-    difference to the method `against` under the same label, or to the reference `against` (bootstrap of values(seed), see there)."""
-    label = lambda name: name[name.find(",") :] * ("," in name and against not in references)
-    other = lambda name: methods.get(
-        against + label(name)
-    )  # the same prompts or control of `against`
-    compared = {
-        name: values
-        and other(name)
-        and other(name) is not found
-        and len({len(values(m)) for m in found + other(name)}) == 1
-        for name, found in methods.items()
-    }  # the same users, or items
-    if methods and keys:
-        head = "".join(f" {printable(k):>8}" for k in keys)
-        print(
-            f"\n{printable(title):34}{head}    s.e.  seeds"
-            + f"  p ({against})" * any(compared.values())
-        )
-    for name, found in methods.items() if keys else ():
-        error = (
-            standard_error([m[keys[-1]] for m in found])
-            if len(found) > 1
-            else found[0].get("se", {}).get(keys[-1], np.nan)
-        )
-        error = f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
-        line = (
-            f"  {printable(name):32}"
-            + "".join(f"{np.mean([m[k] for m in found]):9.3f}" for k in keys)
-            + f"{error} {len(found):4}"
-        )
-        if compared[name]:
-            a, b = (np.array([values(m) for m in group]) for group in (found, other(name)))
+def comparable(found, other, values):
+    """Are they two methods, measured on the same users (or items)?"""
+    if not values or not other or other is found:
+        return False
+    return len({len(values(m)) for m in found + other}) == 1
+
+
+def table(title, columns, methods, against="", values=None, references=()):
+    """Print a line a method: means over its seeds, standard error of the last column over seeds (of
+    one run: over users), and p of the difference to the method `against` under the same label, or
+    to the reference `against` (bootstrap of values(seed), see there)."""
+    if not methods or not columns:
+        return
+
+    # Whom each is compared with: the same prompts or control of `against`
+    others = {}
+    for name, found in methods.items():
+        label = name[name.find(",") :] if "," in name and against not in references else ""
+        other = methods.get(against + label)
+        if comparable(found, other, values):
+            others[name] = other
+
+    head = "".join(f" {printable(column):>8}" for column in columns)
+    p_of = f"  p ({against})" if others else ""
+    print(f"\n{printable(title):34}{head}    s.e.  seeds{p_of}")
+    for name, found in methods.items():
+        line = f"  {printable(name):32}"
+        for column in columns:
+            line += f"{np.mean([m[column] for m in found]):9.3f}"
+        if len(found) > 1:
+            error = standard_error([m[columns[-1]] for m in found])
+        else:
+            error = found[0].get("se", {}).get(columns[-1], np.nan)
+        line += f"  ± {error:.3f}" if np.isfinite(error) else " " * 9
+        line += f" {len(found):4}"
+        if other := others.get(name):
+            a, b = (np.array([values(m) for m in group]) for group in (found, other))
             line += f"  {max(0.001, bootstrap(a, b, fixed=against in references)):.3f}"
-            line += " users" * (
-                len(found) + len(other(name)) == 2
-            )  # of the noise of training, two single runs tell nothing
+            # Of the noise of training, two single runs tell nothing
+            line += " users" if len(found) + len(other) == 2 else ""
         print(line)
+
+
+def print_ranking(results, task, against):
+    """References, then every method with seen and unseen prompts, then the controls."""
+    references = {}
+    for r in results:
+        if task in r.get("rec", {}):
+            references |= {name: [m] for name, m in r["references"].items()}
+    methods = dict(references)
+    for prompts in ("seen", "unseen"):
+        methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
+    for name in CONTROLS if task == "sequential" else ():
+        methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
+
+    users = next((m[0]["users"] for m in methods.values()), 0)
+    title = f"{task} ({results[0]['split']}, {users} users)"
+    table(title, COLUMNS, methods, against, lambda m: hr(np.array(m["ranks"]), 10), references)
+
+
+def print_texts(results, against):
+    """Text tasks and their controls, then the tasks that ask for one attribute."""
+    texts = by_method(results, lambda r: r["text"])
+    rows = dict(texts)
+    for name in CONTROLS:
+        rows |= by_method(results, lambda r: r["text_controls"][name], f", {name}")
+    title, columns = "text tasks, held-out items", ["sc", "log_ppl"]
+    table(title, columns, rows, against, lambda m: [*m["per_item"].values()])
+
+    columns = {}
+    for found in texts.values():
+        for m in found:
+            columns |= m["attribute_accuracy"]
+    accuracy = by_method(results, lambda r: r["text"]["attribute_accuracy"])
+    table("attributes, written = true", [*columns], accuracy)
+
+
+def print_stage1(results):
+    def losses_and_retrieval(r):
+        retrieval = {"R@5": r["stage1"]["R@5"], "R@1": r["stage1"]["item_to_text_R@1"]}
+        return r["stage1"]["held_out"] | retrieval
+
+    columns = ["R@5", "itc", "itm", "itg", "R@1"]
+    table("stage 1, held-out items", columns, by_method(results, losses_and_retrieval))
+
+
+def print_remarks(results):
+    """How it was measured, by which sentence encoder, and retention."""
+
+    def union(*keys):
+        return printable(", ".join(sorted({str(r[k]) for r in results for k in keys if r.get(k)})))
+
+    history = "taken out" if results[0]["filtered"] else "left in"
+    commits = union("commit", "trained_by")
+    print(f"\nhistory {history} for all; device {union('device')}, commit {commits}")
+
+    encoders = {}  # name -> the methods that it measured, most methods first
+    for name, found in by_method(results, lambda r: r["text"]["sc_encoder"]).items():
+        for encoder in found:
+            encoders.setdefault(printable(encoder), []).append(printable(name))
+    most, *others = sorted(encoders, key=lambda e: -len(encoders[e])) or [""]
+    if most:
+        rest = [f"; of {', '.join(dict.fromkeys(encoders[e]))} by {e}" for e in others]
+        print(f"SC by {most}" + "".join(rest))
+
+    for name, found in by_method(results, lambda r: r["retention"]).items():
+        mean, of = np.mean(found), union("yardstick")
+        print(f"{printable(name)}: retention {mean:.2f} (sequential HR@10 over that of {of})")
 
 
 def print_tables(results, against="ilm"):
     """Runs of one data set, whatever was measured of them."""
-    keys = [*KEYS[:2], KEYS[3], KEYS[2]]
     for task in RANKING_TASKS:
-        references = {
-            name: [m]
-            for r in results
-            if task in r.get("rec", {})
-            for name, m in r["references"].items()
-        }
-        methods = dict(references)
-        for prompts in ("seen", "unseen"):
-            methods |= by_method(results, lambda r: r["rec"][task][prompts], f", {prompts} prompts")
-        for name in CONTROLS if task == "sequential" else ():
-            methods |= by_method(results, lambda r: r["controls"][name], f", {name}")
-        users = next((m[0]["users"] for m in methods.values()), 0)
-        table(
-            f"{task} ({results[0]['split']}, {users} users)",
-            keys,
-            methods,
-            against,
-            lambda m: per_user(m, "HR@10"),
-            references,
-        )
-    texts = by_method(results, lambda r: r["text"])
-    rows = texts | {
-        k: v
-        for name in CONTROLS
-        for k, v in by_method(results, lambda r: r["text_controls"][name], f", {name}").items()
-    }
-    table(
-        "text tasks, held-out items",
-        ["sc", "log_ppl"],
-        rows,
-        against,
-        lambda m: [*m["per_item"].values()],
-    )
-    names = [
-        *dict.fromkeys(
-            name for found in texts.values() for m in found for name in m["attribute_accuracy"]
-        )
-    ]
-    table(
-        "attributes, written = true",
-        names,
-        by_method(results, lambda r: r["text"]["attribute_accuracy"]),
-    )
-    table(
-        "stage 1, held-out items",
-        ["R@5", "itc", "itm", "itg", "R@1"],
-        by_method(
-            results,
-            lambda r: {
-                **r["stage1"]["held_out"],
-                "R@5": r["stage1"]["R@5"],
-                "R@1": r["stage1"]["item_to_text_R@1"],
-            },
-        ),
-    )
-    union = lambda *keys: printable(
-        ", ".join(sorted({str(r[key]) for r in results for key in keys if r.get(key)}))
-    )
-    print(
-        f"\nhistory {'taken out' if results[0]['filtered'] else 'left in'} for all; device {union('device')}, "
-        f"commit {union('commit', 'trained_by')}"
-    )
-    encoders = {}
-    for name, found in texts.items():
-        for m in found:
-            encoders.setdefault(printable(m["sc_encoder"]), []).append(printable(name))
-    most, *others = sorted(encoders, key=lambda e: -len(encoders[e])) or [""]
-    if most:
-        print(
-            "; of ".join(
-                [
-                    f"SC by {most}",
-                    *(f"{', '.join(dict.fromkeys(encoders[e]))} by {e}" for e in others),
-                ]
-            )
-        )
-    for name, found in by_method(results, lambda r: r["retention"]).items():
-        print(
-            f"{printable(name)}: retention {np.mean(found):.2f} (sequential HR@10 over that of {union('yardstick')})"
-        )
+        print_ranking(results, task, against)
+    print_texts(results, against)
+    print_stage1(results)
+    print_remarks(results)
 
 
-def plot(results, folder):
-    """Draw every figure for which there are results."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def show(results, args):
+    """evaluate.py [--against METHOD] [--plot FOLDER]: tables of each data set, then the figures."""
+    for data in dict.fromkeys(r["dataset"] for r in results):
+        print(f"\n== {printable(data)}")
+        print_tables([r for r in results if r["dataset"] == data], args.against)
+    if args.plot:
+        from assets.extras.figures import plot
 
-    def points(expression, values):
-        """{method: {x: values of its seeds}} from the runs whose name fits; values(run) -> [(x, y)]."""
-        found = {}
-        for r in results:
-            with suppress(KeyError):
-                if match := re.fullmatch(expression, method_of(r)):
-                    for x, y in values(r):
-                        found.setdefault(match[1], {}).setdefault(x, []).append(y)
-        return found
+        plot(results, args.plot)
 
-    queries = lambda pick: {
-        name: found
-        for name, found in points(
-            r"(ilm|mlp)(?:-k\d+)?", lambda r: [(r["num_queries"], pick(r))]
-        ).items()
-        if len(found) > 1
-    }
-    curve = lambda key, names: points(
-        names, lambda r: [(row["step"], row[key]) for row in r["curve"][1:]]
-    )
-    figures = {
-        "query_tokens": {
-            "soft tokens: sequential HR@10": queries(
-                lambda r: r["rec"]["sequential"]["seen"]["HR@10"]
-            ),
-            "soft tokens: text log perplexity": queries(lambda r: r["text"]["log_ppl"]),
-        },
-        "budget": {
-            f"steps: valid. {kind}": curve(f"valid_{kind}", "(ilm|ilm-rand|mlp|text)")
-            for kind in (*RANKING_TASKS, "text")
-        },
-        "stage1": {
-            f"steps: valid. {loss}": curve(f"valid_{loss}", "(stage1[a-z-]*)")
-            for loss in ("itc", "itg")
-        },
-    }
-    figures["attention"] = {
-        f"{name} ({loss})": attention_pattern(name, 4, torch.ones(1, 6, dtype=torch.bool))[
-            0, 0
-        ].float()
-        for name, loss in (("separate", "ITC"), ("joint", "ITM"), ("causal", "ITG"))
-    }
-    aligned = max(
-        (r for r in results if "stage1" in r),
-        key=lambda r: (r["text_fraction"], r["run"]),
-        default=None,
-    )
-    images = aligned["stage1"]["alignment"] if aligned else {}
-    figures["alignment"] = {
-        f"items x their texts, {when} stage 1": image for when, image in images.items()
-    }
-    for name, panels in figures.items():
-        if panels := {title: found for title, found in panels.items() if len(found)}:
-            fig, axes = plt.subplots(
-                1, len(panels), figsize=(4.2 * len(panels), 3.2), facecolor="white", squeeze=False
-            )
-            for ax, (title, found) in zip(axes[0], panels.items()):
-                ax.set_title(title, fontsize=9)
-                if name in ("alignment", "attention"):
-                    ax.imshow(
-                        found,
-                        **(
-                            {"cmap": "Blues", "vmin": 0, "vmax": 1.3} if name == "attention" else {}
-                        ),
-                    )
-                if name == "attention":
-                    (
-                        ax.set_xticks(range(10), [*"qqqqtttttt"], fontsize=8),
-                        ax.set_yticks(range(10), [*"qqqqtttttt"], fontsize=8),
-                    )
-                    (
-                        ax.set_xlabel("is seen (key)", fontsize=8),
-                        ax.set_ylabel("sees (query)", fontsize=8),
-                    )
-                if not isinstance(found, dict):
-                    continue
-                for label, seeds in sorted(found.items()):
-                    x = sorted(seeds)
-                    ax.errorbar(
-                        x,
-                        [np.mean(seeds[k]) for k in x],
-                        [standard_error(seeds[k]) for k in x],
-                        marker=".",
-                        label=label,
-                    )
-                ax.legend(fontsize=7)
-            fig.savefig(Path(folder) / f"{name}.png", dpi=100, bbox_inches="tight")
+
+def show_files(args):
+    """evaluate.py --table FILE ...: the same of results that were written before."""
+    with reading("--table", "give metrics.json or --json files of evaluate.py"):
+        results = []
+        for file in args.table:
+            found = json.loads(Path(file).read_text())
+            results += found if isinstance(found, list) else [found]
+        show(results, args)

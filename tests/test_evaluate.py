@@ -11,11 +11,20 @@ from conftest import CF, EVALUATE, ROOT
 import data
 import evaluate
 from assets import tables
+from assets.guard import InputError
+from train_stage2 import Examples
 
 
 def test_ranks_count_ties_against_the_target():
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, -math.inf, -math.inf]])
     assert evaluate.target_ranks(scores, torch.tensor([1, 0, 1])).tolist() == [2, 2, 3]
+
+
+def test_hr_and_ndcg_of_each_user_by_hand():
+    ranks = np.array([1, 3, 6, 11])
+    assert evaluate.hr(ranks, 5).tolist() == [1, 1, 0, 0] and evaluate.hr(ranks, 10).tolist() == [1, 1, 1, 0]
+    assert evaluate.ndcg(ranks, 5) == pytest.approx([1, 1 / math.log2(4), 0, 0])
+    assert evaluate.ndcg(ranks, 10) == pytest.approx([1, 1 / math.log2(4), 1 / math.log2(7), 0])
 
 
 def test_metrics_by_hand():
@@ -30,8 +39,8 @@ def test_ranks_hold_all_that_the_metrics_need():
     m = evaluate.ranking_metrics(torch.tensor([1, 10, 11, 200, 4]))
     assert m["ranks"] == [1, 10, 11, 200, 4] and {*map(type, m["ranks"])} == {int}
     assert json.loads(json.dumps(m)) == m
-    assert evaluate.per_user(m, "HR@5").tolist() == [1, 0, 0, 0, 1]
-    assert evaluate.per_user(m, "NDCG@10").mean() == pytest.approx(m["NDCG@10"])
+    for name, (metric, k) in evaluate.METRICS.items():
+        assert metric(np.array(m["ranks"]), k).mean() == m[name]
 
 
 def test_the_bootstrap_knows_a_difference_from_noise():
@@ -93,7 +102,7 @@ def test_history_goes_but_a_repeated_target_stays(toy):
 def test_references_by_definition(toy):
     dataset = data.load_dataset(toy)
     users = dataset.eligible()[:9]
-    scores = {name: score(users) for name, score in evaluate.reference_scores(dataset, "test")}
+    scores = {name: score(users, "test") for name, score in evaluate.reference_scores(dataset).items()}
     X = torch.zeros(150, 120)
     for u in range(150):
         X[u, torch.as_tensor(dataset.items_of(u, "train").astype(int))] = 1
@@ -129,14 +138,14 @@ def at_recency(dataset, recency):
 
 def test_another_engines_users_have_no_row_at_the_moment(toy):
     dataset = replace(data.load_dataset(toy), user_cf=torch.randn(150, 12))
-    scores = dict(evaluate.reference_scores(dataset, "test"))
+    scores = evaluate.reference_scores(dataset)
     assert [*scores] == ["popularity", "item-knn", "mf", "oracle"] and evaluate.yardstick(dataset) == "mf"
-    torch.testing.assert_close(scores["mf"]([3, 9]), dataset.user_cf[[3, 9]] @ dataset.raw_cf.T)
+    torch.testing.assert_close(scores["mf"]([3, 9], "test"), dataset.user_cf[[3, 9]] @ dataset.raw_cf.T)
 
 
 def test_where_tastes_stand_still_there_is_no_row_at_the_moment(toy):
     dataset = at_recency(data.load_dataset(toy), 1.0)
-    names = [name for name, _ in evaluate.reference_scores(dataset, "test")]
+    names = evaluate.reference_scores(dataset)
     assert "mf, at the moment" not in names and evaluate.yardstick(dataset) in names
 
 
@@ -154,12 +163,11 @@ def test_the_weight_of_popularity_is_chosen_on_validation(toy):
     """The best of the grid by NDCG@10 of validation users; test items have no say."""
     dataset = data.load_dataset(toy)
     found = {}
-    popularity = dict(evaluate.reference_scores(dataset, "valid"))["popularity"]
     for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
-        def score(batch):
-            return dataset.users_at(batch, "valid") @ dataset.raw_cf.T + weight * popularity(batch).log1p()
-        ranks = evaluate.reference_ranks(dataset, "valid", False, dataset.eligible(), score)
-        found[weight] = ranks["NDCG@10"]
+        def score(batch, split):
+            return dataset.users_at(batch, split) @ dataset.raw_cf.T + weight * dataset.purchases.log1p()
+        metrics = evaluate.evaluate_reference(score, dataset, dataset.eligible(), "valid", keep_history=False)
+        found[weight] = metrics["NDCG@10"]
     other = replace(dataset, sequence=dataset.sequence.copy())
     other.sequence[other.indptr[1:] - 1] = np.roll(dataset.sequence[dataset.indptr[1:] - 1], 7)
     assert evaluate.popularity_weight(dataset) == max(found, key=found.get) == evaluate.popularity_weight(other)
@@ -186,7 +194,7 @@ def test_from_nothing_to_the_table(tmp_path, script):
     run("data.py", "--max-users", "60", *CF)
     run("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
     run("train_stage2.py", "--steps", "3", "--batch-size", "2", "--valid-users", "8")
-    few = "import evaluate, functools; evaluate.train_sasrec = functools.partial(evaluate.train_sasrec, epochs=1)"
+    few = "import assets.sasrec as s, functools; s.train_sasrec = functools.partial(s.train_sasrec, epochs=1)"
     limits = ["--max-users", "12", "--max-texts", "4"]
     out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", *limits, before=few)
     for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",
@@ -226,6 +234,59 @@ def test_other_held_out_items_are_refused(script, work, tmp_path):
     assert script("data.py", "--max-users", 60, *CF, "--out", other, cwd=work).returncode == 0
     done = script("evaluate.py", "--run", "train_stage2", "--data", other, *EVALUATE, cwd=work)
     assert done.returncode == 2 and "other items" in done.stderr
+
+
+def test_controls_leave_the_model_as_it_is(make_ilm):
+    """Each is another model: the frozen LLM is shared, nothing else, and nothing has to be put back."""
+    model = make_ilm()
+    prompt = Examples(model, model.dataset).ranking_prompts("sequential", [3], "test", "seen")[0]
+    before = model.score([prompt], range(20)), {name: x.clone() for name, x in model.state_dict().items()}, model.cf.clone()
+    scores = {}
+    for name, examples in evaluate.controls(model):
+        assert examples.model.llm is model.llm and examples.dataset is model.dataset
+        asked = examples.ranking_prompts("sequential", [3], "test", "seen")
+        scores[name] = examples.model.score(asked, range(20))
+    assert [*scores] == ["shuffled_cf", "zero_soft_tokens", "text_only"]
+    assert torch.equal(model.score([prompt], range(20)), before[0]) and torch.equal(model.cf, before[2])
+    assert all(torch.equal(x, before[1][name]) for name, x in model.state_dict().items())
+    found = [before[0], *scores.values()]  # four different answers
+    assert all((a - b).abs().max() > 1e-4 for k, a in enumerate(found) for b in found[:k])
+
+
+def test_silent_soft_tokens_say_nothing(make_ilm):
+    model = dict(evaluate.controls(make_ilm()))["zero_soft_tokens"].model
+    assert not model.soft_tokens(model.with_history(model.cf[:5])).any()
+
+
+def test_log_perplexity_is_that_of_the_examples_one_by_one(make_ilm):
+    examples = Examples(model := make_ilm(), model.dataset)
+    instances = evaluate.text_instances(examples, "test", 3)
+    found = evaluate.log_perplexity(examples, instances)
+    assert max(map(len, instances.values())) == 3 and len(instances) > 5
+    nats, tokens, of_task = 0, 0, {}
+    for task in instances:
+        for t in instances[task]:
+            prompt, target = examples.text(t)
+            words = model.head(model.states([prompt], [target])).log_softmax(1)
+            nll = -words.gather(1, torch.tensor(target)[:, None])
+            nats, tokens = nats + nll.sum().item(), tokens + len(target)
+            of_task.setdefault(task, []).extend(nll[:, 0].tolist())
+    assert found["log_ppl"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert found["per_task"] == pytest.approx({task: np.mean(x) for task, x in of_task.items()}, rel=1e-4)
+    assert set(found["per_item"]) == {t["items"][0] for some in instances.values() for t in some}
+
+
+def test_an_attribute_is_right_or_wrong(toy):
+    written = {"genre": [("western", "western"), ("drama", "comedy")], "pitch": [("a", "a")]}
+    assert evaluate.attribute_accuracy(data.load_dataset(toy), written) == {"genre": 0.5}
+
+
+@pytest.mark.parametrize("argv", [
+    "--table x --run y", "--table x --json y", "--recommend x --json y", "--recommend x --run y z", "--new x",
+    "--sc-encoder x --tasks sequential"])
+def test_no_flag_is_ignored_in_silence(argv):
+    with pytest.raises(InputError, match=argv.split()[0]):
+        evaluate.parse_args(argv.split())
 
 
 def test_nothing_to_evaluate(tmp_path, script):

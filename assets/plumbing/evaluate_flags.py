@@ -1,0 +1,113 @@
+"""The flags of evaluate.py."""
+
+import argparse
+
+from assets.guard import InputError, Parser, a_seed, within
+
+
+def evaluate_flags(argv, doc, tasks, sasrec_settings):
+    """Arguments (None: the command line's) -> a namespace. tasks: what --tasks may name;
+    sasrec_settings: a type for argparse."""
+    p = Parser(description=doc.split("\n")[0])
+    p.add_argument(
+        "--run",
+        nargs="+",
+        help="run directories [all of out/toy; with --data data/NAME, of out/NAME]",
+    )
+    p.add_argument("--data", help="prepared folder [the run's]")
+    p.add_argument(
+        "--recommend",
+        metavar="FILE",
+        help="evaluate nothing: print the ten best items for each user id in FILE, one a line",
+    )
+    p.add_argument(
+        "--new",
+        metavar="FOLDER",
+        help="with --recommend: interactions.csv (and items.csv) of users and items that came "
+        "later",
+    )
+    p.add_argument("--split", default="test", choices=["valid", "test"], help="[test]")
+    p.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=tasks,
+        help="[those that the run was trained on]",
+    )
+    p.add_argument(
+        "--beams",
+        type=within(int, 0),
+        help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]",
+    )
+    p.add_argument(
+        "--full-vocabulary",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="score names without renormalising",
+    )
+    p.add_argument(
+        "--keep-history",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave items of the history in [no]",
+    )
+    p.add_argument(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="shuffled CF, zero soft tokens, text only",
+    )
+    p.add_argument(
+        "--sasrec",
+        nargs="?",
+        const={},
+        type=sasrec_settings,
+        metavar="JSON",
+        help="train SASRec as one more reference, with these settings [its defaults]",
+    )
+    p.add_argument(
+        "--sc-encoder",
+        metavar="PATH",
+        help="folder or hub id of a sentence encoder for SC [the LLM's own mean states]",
+    )
+    p.add_argument(
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="run nothing: tables of these metrics.json or --json files",
+    )
+    p.add_argument(
+        "--against", default="ilm", help="the method or reference that p compares with [ilm]"
+    )
+    p.add_argument("--plot", metavar="DIR", help="draw figures there (needs matplotlib)")
+    p.add_argument(
+        "--max-users", type=within(int, 1), help="a fixed random sample of test users [all]"
+    )
+    p.add_argument(
+        "--max-texts",
+        type=within(int, 1),
+        default=500,
+        help="instances a text task, at even distances [500]",
+    )
+    p.add_argument(
+        "--batch-size", type=within(int, 1), default=50, help="users ranked at a time [50]"
+    )
+    p.add_argument("--json", help="write the list of all results there")
+    p.add_argument("--device", help="[cuda if there is one, else cpu]")
+    p.add_argument(
+        "--seed",
+        type=a_seed,
+        default=0,
+        help="of nothing here: evaluation draws no random numbers but fixed ones [0]",
+    )
+    args = p.parse_args(argv)
+    if args.table and (args.run or args.recommend or args.json):
+        raise InputError("--table runs nothing: leave out --run, --recommend and --json")
+    if args.recommend and (args.json or args.plot or len(args.run or []) > 1):
+        raise InputError("--recommend asks one --run, and goes with neither --json nor --plot")
+    if args.sc_encoder and args.tasks and "text" not in args.tasks:
+        raise InputError("--sc-encoder measures texts: give --tasks text as well, or no --tasks")
+    if args.new and not args.recommend:
+        raise InputError(
+            "--new goes with --recommend: users and items that came later have no test items"
+        )
+    return args
