@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from assets.cf import UserSolver
+from assets.cf import UserSolver, training_part
 from assets.guard import (
     InputError,
     Parser,
@@ -48,7 +48,7 @@ from assets.run import check_fingerprint, commit, from_pretrained, pick_device, 
 from assets.sasrec import Settings, sasrec_settings, train_sasrec
 from assets.tables import KEYS, per_user, plot, print_tables, standard_error
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, load_dataset, training_part
+from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from qformer import QFormer, item_text_similarity
 from train_stage1 import TEXT_LOSSES, evaluate_texts

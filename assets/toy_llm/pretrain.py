@@ -39,6 +39,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
+from assets.cf import training_moments  # noqa: E402
 from assets.fast.search import Trie  # noqa: E402
 from assets.run import pick_device, precision  # noqa: E402
 
@@ -313,7 +314,7 @@ def read_out(dataset, trie, rows, train_rows, steps=600, batch=128):
     optimizer = torch.optim.Adam(trained, lr=3e-3)
 
     # Training moments and validation users
-    users, places = data.training_moments(dataset.indptr, steps * batch)
+    users, places = training_moments(dataset.indptr, steps * batch)
     seen = dataset.standard_users(dataset.moments(users, places))
     targets = torch.tensor([int(dataset.items_of(u)[place]) for u, place in zip(users, places)])
     people = dataset.eligible()
