@@ -1,9 +1,7 @@
-"""Raw interaction logs -> one prepared folder that every other script reads.
+"""Raw interaction logs -> one prepared folder that every other script reads. The first file.
 
-The first file to read, the first command to run:
-
-    python data.py                                                              # the toy world, 3 s
-    python data.py --dataset movielens --source ml-100k --out data/ml-100k      # 20 s
+    python data.py                                       # the toy world, 3 s
+    python data.py --dataset movielens --source ml-100k  # 20 s
 
 A recommender knows items through *interactions* (who chose what, in which order), a language model
 through *text*. This file prepares both, and the collaborative-filtering (CF) vectors that the
@@ -19,8 +17,8 @@ item-language model will translate into text space. The folder:
                     training loss sees their texts (titles are ranked all the same; MovieLens's and
                     Beauty's texts begin with them)
 
-A user has no vector of their own: it is a function of a history, solved for *at a moment*. That, and
-ALS, stand in assets/cf.py, the second file to read.
+A user has no vector of their own: it is a function of a history, solved for *at a moment*. That,
+and ALS, stand in assets/cf.py, the second file to read.
 """
 
 import hashlib
@@ -39,9 +37,9 @@ from assets.guard import InputError, reading, run_script
 from assets.look import look_at
 from assets.plumbing import checks, names
 from assets.plumbing.data_flags import check_request, parse_args
-from assets.plumbing.prepared import AGAIN, read_folder, write_folder
-from assets.readers import FILES, READERS, check_ids, find, load_cf, read_items
-from assets.toy_world import toy_interactions, toy_world
+from assets.plumbing.prepared import read_folder, write_folder
+from assets.readers import load_cf, read_files
+from assets.toy_world import toy_files
 
 RANKING_TASKS = ("sequential", "straightforward")
 HISTORY = 20  # OpenP5: histories are cut to the last 20 items
@@ -49,15 +47,15 @@ SOFT = "<|soft|>"  # one soft token in prompt text; its id never reaches the LLM
 HIDDEN = {"train": 2, "valid": 2, "test": 1, None: 0}  # last items of a user that a split hides
 
 
-# ---- The prepared folder, as the other scripts see it ------------------------------------------
+# ---- The prepared folder, as the other scripts see it ------------------------
 
 
 @dataclass(eq=False)
 class Dataset:
     """A prepared folder in memory: I items, U users, E CF dimensions.
 
-    Raw vectors are as ALS left them: a raw user's dot product with a raw item is MF's score. Encoders
-    read standardised ones. Users' vectors are solved for when they are asked for.
+    Raw vectors are as ALS left them: a raw user's dot product with a raw item is MF's score.
+    Encoders read standardised ones. Users' vectors are solved for when they are asked for.
     """
 
     path: Path
@@ -69,17 +67,15 @@ class Dataset:
     purchases: torch.Tensor  # (I,) how often each was chosen in the training part
     item_cf: torch.Tensor  # (I, E) standardised
     raw_cf: torch.Tensor  # (I, E) raw
-    user_cf: (
-        torch.Tensor | None
-    )  # (U, E) raw: another engine's users (--cf), the same at all moments
+    # (U, E) raw users of another engine (--cf), who stand at every moment; None: ours
+    user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
     user_gram: torch.Tensor  # (E, E) X'X of all users by `all_of`: new items are folded in with it
     solver: UserSolver  # from histories to raw users
     tasks: list  # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
-        """Item indices of one user in time order, without what `split` hides: the last two for train
-        and valid, the last for test. None: all of them."""
+        """Item indices of one user in time order, without what `split` hides."""
         begin, end = self.indptr[user], self.indptr[user + 1] - HIDDEN[split]
         return self.sequence[begin : max(begin, end)]
 
@@ -136,8 +132,8 @@ class Dataset:
         return (raw - mean) / deviation
 
     def items_in(self, text_split):
-        """Items with a text whose text belongs to train, valid or test; the last two are held out of
-        every training loss."""
+        """Items with a text whose text belongs to train, valid or test; the last two are held
+        out of every training loss."""
         held_out = self.meta["held_out"]
         if text_split == "train":
             chosen = {*range(len(self.items))}.difference(*held_out.values())
@@ -149,7 +145,7 @@ class Dataset:
 def load_dataset(path):
     """Read a prepared folder. InputError where it is not what data.py wrote."""
     path = Path(path)
-    with reading(path, f"not what data.py writes; {AGAIN}"):
+    with reading(path, "not what data.py writes; prepare the folder again"):
         meta, contents = read_folder(path)
         indptr, sequence = (contents["sequences.npz"][name] for name in ("indptr", "items"))
         cf = {name: torch.from_numpy(x) for name, x in contents["cf.npz"].items()}
@@ -172,36 +168,18 @@ def load_dataset(path):
         )
 
 
-# ---- Sequences ---------------------------------------------------------------------------------
-
-
-def read_source(dataset, source, items, columns, max_users, seed, world_seed):
-    """The raw files -> users, items, times (equal length, file order) and the item table {id: item}."""
-    if dataset == "toy":
-        world = toy_world(world_seed)
-        log = toy_interactions(world, max_users or 1000, seed)
-        return *log, {item["id"]: item for item in world["items"]}
-    columns = dict(columns or ())
-    log = READERS[dataset](source, columns)
-    log_names, table_names = FILES[dataset]
-    path = Path(items or find(source, table_names, dataset))
-    table = read_items(path, columns)
-    if not len(log[0]):
-        raise InputError(f"--source {source}: no interactions in its {' or '.join(log_names)}")
-    check_ids(path, log[1], table)
-    return *checks.drop_repeats(*log), table
+# ---- Sequences ---------------------------------------------------------------
 
 
 def k_core(users, items, min_count):
-    """True at the interactions (nnz,) that are left when users and items with fewer than `min_count`
-    are dropped until there is none. users, items: numbers from 0."""
+    """True at the interactions (nnz,) that are left when users and items with fewer than
+    `min_count` are dropped until there is none. users, items: numbers from 0."""
     keep = np.ones(len(users), dtype=bool)
     while True:
         enough = keep.copy()
         for codes in (users, items):
-            enough &= (
-                np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_count
-            )
+            count = np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)
+            enough &= count[codes] >= min_count
         if enough.sum() == keep.sum():
             return keep
         keep = enough
@@ -223,35 +201,44 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
             f"--min-count {min_count}: nothing is left of {len(users)} interactions; lower it"
         )
 
-    # Numbers from 0 for those, users together and each in time order; the sort is stable
+    # Numbers from 0 for those, users together and each in time order
     kept_users, users = np.unique(users[keep], return_inverse=True)
     kept_items, items = np.unique(items[keep], return_inverse=True)
     order = np.lexsort((times[keep], users))
     indptr = np.concatenate([[0], np.bincount(users).cumsum()])
-    user_ids = user_ids[kept_users].astype(str).tolist()
-    return user_ids, item_ids[kept_items].astype(str).tolist(), indptr, items[order]
+    user_ids, item_ids = user_ids[kept_users].astype(str), item_ids[kept_items].astype(str)
+    if len(item_ids) < 2:
+        raise InputError(
+            f"--min-count {min_count}: leaves one item alone, {item_ids[0]}; a recommender needs "
+            "some to choose from"
+        )
+    return user_ids.tolist(), item_ids.tolist(), indptr, items[order]
 
 
-# ---- CF vectors --------------------------------------------------------------------------------
+# ---- CF vectors --------------------------------------------------------------
 
 
 def find_cf(indptr, sequence, num_items, file=None, fixed=None, seed=0):
-    """-> item vectors (I, E), users' own vectors (U, E) of another engine or None, CFSettings, and
-    what validation said of them. file: --cf; fixed: settings that are not to be chosen."""
+    """-> what cf.npz holds, {name: tensor}, and what meta.json says of it. file: --cf, vectors of
+    another engine; fixed: settings that are not to be chosen."""
     num_users = len(indptr) - 1
-    item_cf = None
-    if file:
-        user_cf, item_cf = load_cf(file, num_users, num_items)
-        if user_cf is not None:
-            return item_cf, user_cf, CFSettings(dim=item_cf.shape[1]), {}
-    settings, measured = choose_cf(indptr, sequence, num_items, fixed, seed, item_cf)
+    user_cf, item_cf = load_cf(file, num_users, num_items) if file else (None, None)
+
+    # Chosen on validation; another engine's users need no settings
+    settings, measured = None, {}
+    if user_cf is None:
+        settings, measured = choose_cf(indptr, sequence, num_items, fixed, seed, item_cf)
     if item_cf is None:
         pairs = training_pairs(indptr, sequence)
         item_cf = train_cf(*pairs, num_users, num_items, settings, seed=seed)
-    return item_cf, None, settings, measured
+    settings = settings or CFSettings(dim=item_cf.shape[1])
+
+    solver = UserSolver(item_cf, settings)
+    vectors = {"item": item_cf, **users_together(solver, indptr, sequence, user_cf)}
+    return vectors, {"algorithm": file or "implicit ALS", "settings": asdict(settings), **measured}
 
 
-# ---- Names and prompts -------------------------------------------------------------------------
+# ---- Names and prompts -------------------------------------------------------
 
 
 def item_names(dataset, tokenizer, style="title", max_tokens=0):
@@ -261,7 +248,7 @@ def item_names(dataset, tokenizer, style="title", max_tokens=0):
         return names.distinct_titles(dataset.items, tokenizer, max_tokens, SOFT)
     if style == "random":
         return names.random_names(dataset.meta["items"], len(dataset.items))
-    return names.names_of_index_file(style, dataset.items)
+    return names.index_file_names(style, dataset.items)
 
 
 def load_prompts(path=None):
@@ -280,7 +267,8 @@ def load_prompts(path=None):
 
 
 def ranking_templates(path, name):
-    """{(task, "seen" or "unseen"): [prompt, ...]} of the ranking tasks for the data set of that name."""
+    """{(task, "seen" or "unseen"): [prompt, ...]} of the ranking tasks for the data set of that
+    name."""
     found = {(task, seen): [] for task in RANKING_TASKS for seen in ("seen", "unseen")}
     for task, seen, prompt, _ in load_prompts(path):
         if task in RANKING_TASKS:
@@ -292,11 +280,12 @@ def ranking_templates(path, name):
     return found
 
 
-# ---- Text tasks --------------------------------------------------------------------------------
+# ---- Text tasks --------------------------------------------------------------
 
 
 def item_split(name, item_id):
-    """train 70 %, valid 10 %, test 20 %: a pure function of the data set's name and the item's id."""
+    """train 70 %, valid 10 %, test 20 %: a pure function of the data set's name and the item's
+    id."""
     bucket = int(hashlib.sha256(f"{name}/{item_id}".encode()).hexdigest(), 16) % 10
     if bucket < 3:
         return "valid" if bucket == 0 else "test"
@@ -311,8 +300,9 @@ FACT_NAMES = {  # one name for the same thing in all sources
 
 
 def facts_of(item, other=None):
-    """What targets may name: an item's text and attributes, `facts` (all of them), and FACT_NAMES; of
-    two items also what they have in `common`, how the second does `differ`, and what lies `between`."""
+    """What targets may name: an item's text and attributes, `facts` (all of them), and
+    FACT_NAMES; of two items also what they have in `common`, how the second does `differ`, and
+    what lies `between`."""
     mine = item["attributes"]
     facts = {"text": item["text"], "facts": ", ".join(mine.values()), **mine}
     for name, keys in FACT_NAMES.items():
@@ -336,22 +326,25 @@ def nearest(unit, pool, item):
 def text_tasks(items, text_splits, templates, item_cf, seed, limit=5000):
     """Fill each text template for every item (of `limit` a split) that has what its target names.
 
-    A second {item} is any other of the same split, {neighbour} the one whose CF vector has the highest
-    cosine (item_cf None: no such tasks). A prompt never holds a title, only soft tokens.
+    A second {item} is any other of the same split, {neighbour} the one whose CF vector has the
+    highest cosine (item_cf None: no such tasks). A prompt never holds a title, only soft tokens.
     """
+    # Of each split, the items to ask about, and the neighbour of each
     rng = np.random.default_rng([seed, 24])
-    pools, neighbour, tasks = {}, {}, []
+    unit = None if item_cf is None else F.normalize(item_cf).numpy()
+    pools, neighbour = {}, {}
     for split in ("train", "valid", "test"):
         pool = [i for i, s in enumerate(text_splits) if s == split and items[i]["text"]]
         pools[split] = np.sort(rng.permutation(np.array(pool, dtype=int))[:limit])
         if item_cf is not None:
-            unit = F.normalize(item_cf).numpy()
             neighbour |= nearest_of_each(unit, pools[split], nearest)
 
-    for task, _, prompt, target in templates:
+    # Every template for every item
+    tasks = []
+    for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
         wanted = re.findall(r"\{(\w+)\}", target)
         filled = prompt.replace("{neighbour}", "{item}")
-        for split, pool in pools.items() if task not in RANKING_TASKS else ():
+        for split, pool in pools.items():
             for i in pool.tolist():
                 about = [i]
                 if "{neighbour}" in prompt:
@@ -366,7 +359,7 @@ def text_tasks(items, text_splits, templates, item_cf, seed, limit=5000):
     return tasks
 
 
-# ---- All of it ---------------------------------------------------------------------------------
+# ---- All of it ---------------------------------------------------------------
 
 
 def prepare(
@@ -386,19 +379,17 @@ def prepare(
     seed=0,
     world_seed=0,
 ):
-    """The whole of this file in order: read, sort, name, find CF, make text tasks, write. Parameters
-    are the flags of parse_args; prepare("data/toy") makes the toy world's folder."""
+    """The whole of this file in order: read, sort, name, find CF, make text tasks, write.
+    Parameters are the flags of parse_args; prepare("data/toy") makes the toy world's folder."""
     out = check_request(dataset, source, out, cf, cf_dim, reg, a0)
 
     # Who chose what, in which order
-    *log, table = read_source(dataset, source, items, columns, max_users, seed, world_seed)
-    sample = None if dataset == "toy" else max_users
-    user_ids, item_ids, indptr, sequence = filter_and_sort(*log, min_count, sample, seed)
+    if dataset == "toy":
+        *log, table = toy_files(world_seed, max_users or 1000, seed)
+    else:
+        *log, table = read_files(dataset, source, items, columns)
+    user_ids, item_ids, indptr, sequence = filter_and_sort(*log, min_count, max_users, seed)
     U, I = len(user_ids), len(item_ids)
-    if I < 2:
-        raise InputError(
-            f"--source {source}: one item alone, {item_ids[0]}; a recommender needs some to choose from"
-        )
     print(f"{dataset}: {U:,} users, {I:,} items, {len(sequence):,} interactions")
 
     # What is known of the items, which need names of their own to be recommended by
@@ -408,37 +399,28 @@ def prepare(
     if look:
         return look_at(catalogue, text_tasks(catalogue, ["train"] * I, load_prompts(), None, 0, 20))
 
-    # CF vectors, and what is filled with their help
+    # CF vectors, and tasks for the LLM
     fixed = {"dim": cf_dim, "recency": recency, "reg": reg, "a0": a0}
-    item_cf, user_cf, settings, measured = find_cf(indptr, sequence, I, cf, fixed, seed)
-    solver = UserSolver(item_cf, settings)
-    user_stats, user_gram = users_together(solver, indptr, sequence, user_cf)
-    tasks = text_tasks(catalogue, text_splits, load_prompts(), item_cf, seed)
+    vectors, said_of_cf = find_cf(indptr, sequence, I, cf, fixed, seed)
+    tasks = text_tasks(catalogue, text_splits, load_prompts(), vectors["item"], seed)
 
     # The folder
-    held_out = {"valid": [], "test": []}
-    for i, split in enumerate(text_splits):
-        if split in held_out:
-            held_out[split].append(i)
-    short_users = int((np.diff(indptr) < 3).sum())
-    said = {"algorithm": cf or "implicit ALS", "settings": asdict(settings), **measured}
+    held_out = {s: np.flatnonzero(np.array(text_splits) == s).tolist() for s in ("valid", "test")}
+    short_users = int(np.sum(np.diff(indptr) < 3))
     meta = {"name": out.name, "dataset": dataset, "source": source, "columns": columns}
     meta |= {"seed": seed, "world_seed": world_seed, "min_count": min_count}
     meta |= {"users": U, "items": I, "interactions": len(sequence), "short_users": short_users}
-    meta |= {"renamed_titles": renamed, "cf": said, "held_out": held_out}
-    vectors = {"item": item_cf, "user_stats": user_stats, "user_gram": user_gram, "user": user_cf}
+    meta |= {"renamed_titles": renamed, "cf": said_of_cf, "held_out": held_out}
     contents = {
         "items.jsonl": catalogue,
         "tasks.jsonl": tasks,
         "users.txt": user_ids,
         "sequences.npz": {"indptr": indptr, "items": sequence.astype(np.int32)},
-        "cf.npz": {name: x.numpy() for name, x in vectors.items() if x is not None},
+        "cf.npz": {name: x.numpy() for name, x in vectors.items()},
     }
     write_folder(out, meta, contents)
-    print(
-        f"wrote {out}: {len(tasks):,} text-task instances; {short_users} users have fewer than 3 "
-        "interactions (CF alone)"
-    )
+    short = f"{short_users} users have fewer than 3 interactions (CF alone)"
+    print(f"wrote {out}: {len(tasks):,} text-task instances; {short}")
 
 
 def main(argv=None):

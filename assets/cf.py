@@ -1,9 +1,9 @@
 """Collaborative filtering: item vectors by implicit ALS, and users at a moment. What MF is here.
 
-A user has no vector of their own: it is one row of ALS's least squares, solved for a history when it
-is asked for (UserSolver). No file and no flag is known here; what is only faster stands in
-assets/fast/als.py. Source: Hu, Koren, Volinsky 2008, with the scaled ridge of Rendle et al. 2021; the
-weight that falls with every step back is ours.
+A user has no vector of their own: it is one row of ALS's least squares, solved for a history when
+it is asked for (UserSolver). No file and no flag is known here; what is only faster stands in
+assets/fast/als.py. Source: Hu, Koren, Volinsky 2008, with the scaled ridge of Rendle et al. 2021;
+the weight that falls with every step back is ours.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from assets.fast.als import length_batches, prefix_sums, solve_short_rows
 
-# ---- Implicit ALS ------------------------------------------------------------------------------
+# ---- Implicit ALS ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def solve_rows(gram, S, b, weight, settings, N):
 
         (Y'Y + alpha * S + ridge * 1) x = (1 + alpha) * b
 
-    gram (E, E): Y'Y over all N rows of the other side, which stand for "not chosen"; S (R, E, E): sum
-    of w y y'; b (R, E): sum of w y; weight (R,): sum of w. Without interactions x is zero.
+    gram (E, E): Y'Y over all N rows of the other side, which stand for "not chosen"; S (R, E, E):
+    sum of w y y'; b (R, E): sum of w y; weight (R,): sum of w. Without interactions x is zero.
     """
     A = torch.add(gram, S, alpha=settings.alpha)
     A.diagonal(dim1=1, dim2=2).add_(settings.ridge(weight, N)[:, None])
@@ -55,8 +55,8 @@ def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
     """Vectors (num_rows, E) of one side given the other's, fixed (N, E). Half a step of ALS.
 
     batches: of length_batches; column N is the padding, a vector of zeros. recency: columns are in
-    time order, and one that lies j steps before its row's last weighs recency ** j. gram (E, E): Y'Y,
-    where it is known.
+    time order, and one that lies j steps before its row's last weighs recency ** j. gram (E, E):
+    Y'Y, where it is known.
     """
     N, E = fixed.shape
     gram = fixed.T @ fixed if gram is None else gram
@@ -79,9 +79,9 @@ def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
             solved[rows] = short @ basis.T
             continue
 
-        # The definition: the sums over each row, and least squares.
+        # The definition: the sums over each row, and least squares. Padding is zeros already.
         Y = F.embedding(columns, padded)  # (R, L, E)
-        weighted = Y * w[..., None]
+        weighted = Y * w[..., None] if recency < 1 else Y
         S = torch.bmm(weighted.transpose(1, 2), Y)
         solved[rows] = solve_rows(gram, S, weighted.sum(1), w.sum(1), settings, N)
     return solved
@@ -108,8 +108,8 @@ def train_cf(users, items, num_users, num_items, settings, iterations=15, seed=0
 
 
 def standardise(x, known=None):
-    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its rows
-    that CF has seen (not all zeros)."""
+    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its
+    rows that CF has seen (not all zeros)."""
     known = x if known is None else known
     seen = known[known.abs().sum(1) > 0]
     if len(seen) < 2:
@@ -117,14 +117,14 @@ def standardise(x, known=None):
     return (x - seen.mean(0)) / seen.std(0).clamp(min=1e-6)
 
 
-# ---- Users at a moment -------------------------------------------------------------------------
+# ---- Users at a moment -------------------------------------------------------
 
 
 class UserSolver:
     """From a history to a user's vector: one row of ALS, with the item vectors (I, E) fixed.
 
-    The same for training, validation, test, conversation and new users. A user is asked at a moment,
-    and their vector knows what came before it, the last item more than those that lie back:
+    The same for training, validation, test, conversation and new users. A user is asked at a
+    moment, and their vector knows what came before it, the last item more than those that lie back:
 
         w_j = recency ** (steps that j lies back)
         (Y'Y + alpha * sum w_j y_j y_j' + ridge * 1) x = (1 + alpha) * sum w_j y_j
@@ -155,8 +155,8 @@ class UserSolver:
         return solve_rows(self.gram, *sums, self.settings, len(self.item_cf))
 
     def without(self, history, places):
-        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place (n,),
-        however often it was chosen. Order does not matter."""
+        """One user's history (H,) -> (n, E): vectors from all of it but the item at each place
+        (n,), however often it was chosen. Order does not matter."""
         history = torch.as_tensor(np.asarray(history, dtype=np.int64))
         left_out = history[torch.as_tensor(np.asarray(places, dtype=np.int64))]  # (n,)
         times = (left_out[:, None] == history).sum(1).float()
@@ -176,7 +176,7 @@ class UserSolver:
         return torch.cat([torch.zeros(0, self.item_cf.shape[1]), *vectors])
 
 
-# ---- Which interactions train ------------------------------------------------------------------
+# ---- Which interactions train ------------------------------------------------
 
 
 def training_part(indptr):
@@ -217,8 +217,9 @@ def last_items(history, places, count):
 
 
 def users_together(solver, indptr, sequence, user_cf=None, count=10_000):
-    """What is kept of all users: mean and standard deviation (2, E) at `count` training moments, and
-    X'X (E, E) of their vectors X as ALS has them."""
+    """What cf.npz holds of all users: user_stats (2, E), mean and standard deviation at `count`
+    training moments; user_gram (E, E), X'X of their vectors X as ALS has them; user
+    (U, E), where another engine has them."""
     at_moments = everyone = user_cf
     if user_cf is None:
         owners, items = training_pairs(indptr, sequence)
@@ -230,4 +231,5 @@ def users_together(solver, indptr, sequence, user_cf=None, count=10_000):
     mean, deviation = torch.zeros_like(everyone[0]), torch.ones_like(everyone[0])
     if len(at_moments) > 1:
         mean, deviation = at_moments.mean(0), at_moments.std(0).clamp(min=1e-6)
-    return torch.stack([mean, deviation]), everyone.T @ everyone
+    kept = {"user_stats": torch.stack([mean, deviation]), "user_gram": everyone.T @ everyone}
+    return kept if user_cf is None else {**kept, "user": user_cf}

@@ -1,8 +1,8 @@
 """Which CF settings? Tried on validation by MF itself, before any LLM is in sight; never on test.
 
-MF scores an item by the dot product of its vector and the user's at the moment before the validation
-item. Settings within one standard error of the best count as equal, and the smallest E among them
-wins: encoders and LLM have to read every number.
+MF scores an item by the dot product of its vector and the user's at the moment before the
+validation item. Settings within one standard error of the best count as equal, and the smallest E
+among them wins: encoders and LLM have to read every number.
 """
 
 import time
@@ -117,8 +117,8 @@ def choose_cf(indptr, items, num_items, fixed=None, seed=0, item_cf=None):
 
 
 def at_training_moments(indptr, items, vectors, settings):
-    """MF's NDCG@10 at training moments, to be held beside validation's: a user's vector does not know
-    the target, the item vectors do."""
+    """MF's NDCG@10 at training moments, to be held beside validation's: a user's vector does not
+    know the target, the item vectors do."""
     users, places = training_moments(indptr, MAX_USERS)
     targets = items[indptr[users] + places].astype(np.int64)
     pasts = []
@@ -130,7 +130,8 @@ def at_training_moments(indptr, items, vectors, settings):
 
 
 def print_choice(mean, chosen, several_alphas):
-    """A line for each E: how it is where order does not matter, and its best. mean {settings: NDCG}."""
+    """A line for each E: how it is where order does not matter, and its best. mean {settings:
+    NDCG}."""
     largest = max(s.recency for s in mean)
     for width in sorted({s.dim for s in mean}):
         top = max((s for s in mean if s.dim == width), key=mean.get)

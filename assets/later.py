@@ -1,5 +1,5 @@
-"""Users and items that came after training (ilm.py --new): they get CF vectors by fold-in, and nothing
-is trained again."""
+"""Users and items that came after training (ilm.py --new): they get CF vectors by fold-in, and
+nothing is trained again."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +18,8 @@ def note(text):
 
 
 def tell(table):
-    """Tables of recommendations are written to stdout: what had to be done to a file goes to stderr."""
+    """Tables of recommendations are written to stdout: what had to be done to a file goes to
+    stderr."""
     if table.remarks:
         note(table.line())
 
@@ -28,7 +29,8 @@ def numbered(names):
 
 
 def read_later(folder, columns):
-    """folder/interactions.csv in the order of time -> [(user, item)], and the item table {id: item}."""
+    """folder/interactions.csv in the order of time -> [(user, item)], and the item table {id:
+    item}."""
     if not files(folder, FILES["csv"][0]):
         raise InputError(f"--new {folder}: no interactions.csv in it")
     users, items, times = read_csv(folder, columns, tell)
@@ -40,8 +42,8 @@ def read_later(folder, columns):
 
 
 def new_names(pairs, known, others):
-    """Pairs (name, other name) -> {each name that is not known: known others, by number, that it meets},
-    and the names that meet none. known, others: {name: number}."""
+    """Pairs (name, other name) -> {each name that is not known: known others, by number, that it
+    meets}, and the names that meet none. known, others: {name: number}."""
     met = {name: [] for name, _ in pairs if name not in known}
     for name, other in pairs:
         if name in met and other in others and others[other] not in met[name]:
@@ -50,8 +52,8 @@ def new_names(pairs, known, others):
 
 
 def fold_in_items(dataset, met):
-    """Raw vectors (N, E) of new items from the known users who chose them, {item: users}: one row of
-    ALS's other side."""
+    """Raw vectors (N, E) of new items from the known users who chose them, {item: users}: one
+    row of ALS's other side."""
     if not met:
         return dataset.raw_cf[:0]
     chosen_by = [dataset.all_of(users) for users in met.values()]
@@ -82,8 +84,9 @@ def extend(dataset, folder):
     """The data set with the users and items that are new in folder/interactions.csv after its own
     (items.csv says what the items are), and the histories of all.
 
-    A new user is a history like any other; a new item is folded in from the known users who chose it.
-    Who meets nothing known is left out with a note; the vectors of known items stay as they are.
+    A new user is a history like any other; a new item is folded in from the known users who chose
+    it. Who meets nothing known is left out with a note; the vectors of known items stay as they
+    are.
     """
     columns = dict(dataset.meta.get("columns") or ())  # data.py --columns: they hold here too
     pairs, table = read_later(folder, columns)

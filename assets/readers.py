@@ -1,9 +1,10 @@
 """The raw files of each source, read for data.py: interaction logs, item tables, CF vectors from
-elsewhere. Everything that a user can get wrong in them is said in one line (InputError). What a table
-may look like stands in tables_in.py; to read a format of your own, write one more function like these.
+elsewhere. Everything that a user can get wrong in them is said in one line (InputError). What a
+table may look like stands in tables_in.py; to read a format of your own, write one more function
+like these.
 
-A log becomes three arrays of equal length, in file order: users, items, times. An item table becomes
-{id: {"id", "title", "text", "attributes"}}.
+A log becomes three arrays of equal length, in file order: users, items, times. An item table
+becomes {id: {"id", "title", "text", "attributes"}}.
 """
 
 import re
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 
 from assets.guard import CONTROL, InputError, reading
+from assets.plumbing.checks import drop_repeats
 from assets.tables_in import MISSING, Table, clean, flatten, moment
 
 ML_GENRES = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir "
-    "Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
 ).split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
 FILES = {  # of each --dataset: the log, and the item table; each may end in .gz
@@ -50,24 +52,24 @@ def tell(table):
 
 
 def clean_id(value, path, number, kind=str):
-    """Ids stand one a line in users.txt and are looked up as they are: no control characters, nothing
-    empty, nothing endless."""
+    """Ids stand one a line in users.txt and are looked up as they are: no control characters,
+    nothing empty, nothing endless."""
     value = str(value).strip()
     whole = kind is str or value.isdecimal() and len(value) < 19
     if value in MISSING or len(value) > 1000 or CONTROL.search(value) or not whole:
         raise InputError(
-            f"{path}, line {number}: the id {value[:50]!r} is empty, too long, has control characters "
-            "or, in MovieLens, is no whole number; rename it"
+            f"{path}, line {number}: the id {value[:50]!r} is empty, too long, has control "
+            "characters or, in MovieLens, is no whole number; rename it"
         )
     return kind(value)
 
 
-# ---- Logs --------------------------------------------------------------------------------------
+# ---- Logs --------------------------------------------------------------------
 
 
 def read_log(path, chosen=None, say=tell, kind=str):
-    """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no int64
-    holds become their ranks."""
+    """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no
+    int64 holds become their ranks."""
     table = Table(path, ("user", "item", "time"), chosen)
     users, items, times = [], [], array("q")
     ids = {}  # equal ids are one object: a log may have many millions
@@ -76,8 +78,8 @@ def read_log(path, chosen=None, say=tell, kind=str):
             time = moment(str(row[t]).strip())
         except ValueError:
             raise InputError(
-                f"{path}, line {number}: {names[t]} {str(row[t])[:50]!r} is not a number from 0 (any "
-                "growing count will do) nor a date like 2023-01-31 or 2023-01-31T10:00:00"
+                f"{path}, line {number}: {names[t]} {str(row[t])[:50]!r} is not a number from 0 "
+                "(any growing count will do) nor a date like 2023-01-31 or 2023-01-31T10:00:00"
             ) from None
         try:
             times.append(time)
@@ -106,7 +108,8 @@ def read_csv(source, chosen=None, say=tell):
 
 
 def read_openp5(source, chosen=None, say=tell):
-    """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
+    """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time
+    order."""
     path = find(source, FILES["openp5"][0], "openp5")
     table = Table(path, ("user",))
     table.columns["user"] = "first word of a line"
@@ -128,12 +131,12 @@ def read_openp5(source, chosen=None, say=tell):
 READERS = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}
 
 
-# ---- Item tables -------------------------------------------------------------------------------
+# ---- Item tables -------------------------------------------------------------
 
 
 def read_items(path, chosen=None, say=tell):
-    """An item table -> {id: {"id", "title", "text", "attributes"}}. What is no id, title or text is an
-    attribute."""
+    """An item table -> {id: {"id", "title", "text", "attributes"}}. What is no id, title or text
+    is an attribute."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, "
@@ -164,14 +167,14 @@ def read_items(path, chosen=None, say=tell):
 
 
 def read_item(table, number, row, *columns):
-    """A row {name: value} -> item. columns: those of id, title and text, or None. Objects and addresses
-    are counted among the table's remarks."""
+    """A row {name: value} -> item. columns: those of id, title and text, or None. Objects and
+    addresses are counted among the table's remarks."""
     key = clean_id(row[columns[0]], table.path, number)
     told = row.get("attributes")
     if told and not isinstance(told, dict):
         raise InputError(
-            f"{table.path}, line {number}: `attributes` is to be an object of names and values; mend "
-            "the line"
+            f"{table.path}, line {number}: `attributes` is to be an object of names and values; "
+            "mend the line"
         )
 
     # Attributes: words between | or, in RecBole's lists, between spaces; objects are left out.
@@ -198,15 +201,15 @@ def read_item(table, number, row, *columns):
 
 
 def check_ids(path, items, table):
-    """Do the ids of a log's items and of the item table {id: item} meet? None in common: InputError;
-    those without a counterpart: a line with an example of each side."""
+    """Do the ids of a log's items and of the item table {id: item} meet? None in common:
+    InputError; those without a counterpart: a line with an example of each side."""
     chosen = set(np.unique(items).astype(str).tolist())
     unknown, idle = sorted(chosen - table.keys()), sorted(table.keys() - chosen)
     if len(unknown) == len(chosen):
         raise InputError(
-            f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table has "
-            f"{(idle or [''])[0]!r}; give the item table of this log by --items, or name the column by "
-            "--columns id=NAME"
+            f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table "
+            f"has {(idle or [''])[0]!r}; give the item table of this log by --items, or name the "
+            "column by --columns id=NAME"
         )
     told = []
     if unknown:
@@ -219,7 +222,23 @@ def check_ids(path, items, table):
         print("note: " + "; ".join(told))
 
 
-# ---- CF vectors --------------------------------------------------------------------------------
+def read_files(dataset, source, items=None, columns=None):
+    """The files of a --dataset in the folder `source` -> users, items, times, item table.
+
+    items: the table's path, where it stands elsewhere; columns: --columns.
+    """
+    columns = dict(columns or ())
+    log = READERS[dataset](source, columns)
+    path = Path(items or find(source, FILES[dataset][1], dataset))
+    table = read_items(path, columns)
+    if not len(log[0]):
+        names = " or ".join(FILES[dataset][0])
+        raise InputError(f"--source {source}: no interactions in its {names}")
+    check_ids(path, log[1], table)
+    return *drop_repeats(*log), table
+
+
+# ---- CF vectors --------------------------------------------------------------
 
 
 def load_cf(path, num_users, num_items):

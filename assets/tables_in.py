@@ -1,6 +1,6 @@
-"""Tables as people have them, row by row: commas, tabs or semicolons, quoted or not, JSON lines or one
-JSON list, zipped or not, in UTF-8 or Latin-1. What a file is stands in its bytes, not in its name;
-what a column is, in its own name (NAMES)."""
+"""Tables as people have them, row by row: commas, tabs or semicolons, quoted or not, JSON lines
+or one JSON list, zipped or not, in UTF-8 or Latin-1. What a file is stands in its bytes, not in
+its name; what a column is, in its own name (NAMES)."""
 
 import ast
 import csv
@@ -24,8 +24,9 @@ csv.field_size_limit(2**31 - 1)  # a text may be long
 # difference.
 NAMES = {
     "user": "user user_id userId reviewerID customer_id visitor_id member_id uid".split(),
-    "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id track_id "
-    "song_id news_id recipe_id anime_id game_id app_id video_id gmap_id isbn sku iid".split(),
+    "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id "
+    "track_id song_id news_id recipe_id anime_id game_id app_id video_id gmap_id "
+    "isbn sku iid".split(),
     "time": "timestamp time unixReviewTime unix_timestamp unix_time ts event_time datetime date "
     "created_at review_date t_dat".split(),
     "title": "title name product_title product_name item_name prod_name book_title movie_title "
@@ -58,8 +59,8 @@ def plain(name):
 
 
 class Table:
-    """A file, and what was found in it while its rows were read. roles: keys of NAMES that are looked
-    for; chosen {role: column}: those that are not called as in NAMES."""
+    """A file, and what was found in it while its rows were read. roles: keys of NAMES that are
+    looked for; chosen {role: column}: those that are not called as in NAMES."""
 
     def __init__(self, path, roles, chosen=None):
         self.path, self.roles, self.chosen = path, roles, chosen or {}
@@ -95,14 +96,15 @@ class Table:
         known = "; ".join(f"{role}: {' '.join(NAMES[role])}" for role in missing)
         return InputError(
             f"{self.path}, line {number}: no column {lacks}; the header has {[*names]}; known are "
-            f"{known}; name others by --columns {missing[0]}=NAME, or =1, =2 ... where there is no header"
+            f"{known}; name others by --columns {missing[0]}=NAME, or =1, =2 ... where there is "
+            "no header"
         )
 
     # -- Rows
 
     def rows(self):
-        """Yield (line number, places of the roles, names of the columns, values) of every row that is
-        not empty."""
+        """Yield (line number, places of the roles, names of the columns, values) of every row
+        that is not empty."""
         with (
             reading(self.path, "write it again as UTF-8, a header first or an object a line"),
             self.open() as f,
@@ -155,7 +157,8 @@ class Table:
             ) from None
 
     def csv_rows(self, lines, start, first):
-        # What stands between the columns; quotes between tabs are inches, unless the header has them.
+        # What stands between the columns; quotes between tabs are inches, unless the
+        # header has them.
         separator, names = HEADERLESS.get(self.path.name.removesuffix(".gz"), (None, None))
         separator = separator or max("\t;,|", key=first.count)
         literal = names or (separator == "\t" and not first.startswith('"'))
@@ -184,14 +187,14 @@ class Table:
                     if len(row) < len(names) or exact and "".join(row[len(names) :]).strip():
                         raise InputError(
                             f"{self.path}, line {number}: expected {len(names)} columns, with "
-                            f"{separator!r} between them, found {len(row)}; quote the field, mend or "
-                            "remove the line"
+                            f"{separator!r} between them, found {len(row)}; quote the field, mend "
+                            "or remove the line"
                         )
                 yield number, names, row
         except csv.Error as error:
             raise InputError(
-                f"{self.path}, line {number + 1} or after it: {error}; quote the field, and write the "
-                "file as UTF-8"
+                f"{self.path}, line {number + 1} or after it: {error}; quote the field, and write "
+                "the file as UTF-8"
             ) from None
 
     def name(self, name):
@@ -203,12 +206,12 @@ class Table:
         return bare
 
 
-# ---- Values ------------------------------------------------------------------------------------
+# ---- Values ------------------------------------------------------------------
 
 
 def clean(value):
-    """Any value as one line of text: entities (some shops write them twice) and tags undone, letters
-    composed."""
+    """Any value as one line of text: entities (some shops write them twice) and tags undone,
+    letters composed."""
     text = html.unescape(html.unescape(str(value)))
     text = TAGS.sub("", BREAKS.sub(" ", text))
     if text[:1] == text[-1:] == '"' and '""' in text:  # pandas between tabs: "7"" single"
@@ -217,8 +220,8 @@ def clean(value):
 
 
 def flatten(value):
-    """A value -> the texts in it, and how many objects and addresses it has, which are left out. Lists
-    may lie in lists, and in strings as Python or JSON write them."""
+    """A value -> the texts in it, and how many objects and addresses it has, which are left out.
+    Lists may lie in lists, and in strings as Python or JSON write them."""
     if isinstance(value, str) and value[:1] in ("[", "{") and value[-1:] in ("]", "}"):
         for parse in (ast.literal_eval, json.loads):
             with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

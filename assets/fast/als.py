@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 
 def length_batches(rows, columns, num_rows, pad, budget=1 << 15, max_rows=512):
-    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))], rows of like length.
+    """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))], rows of like
+    length.
 
-    Each row keeps its own order and is filled up with `pad`. A batch has at most `budget` entries (a
-    single longer row apart), so that als_solve works in the processor's cache. Rows without
+    Each row keeps its own order and is filled up with `pad`. A batch has at most `budget` entries
+    (a single longer row apart), so that als_solve works in the processor's cache. Rows without
     interactions are left out.
     """
     lengths = torch.bincount(rows, minlength=num_rows)

@@ -4,10 +4,11 @@ import numpy as np
 
 
 def nearest_of_each(unit, pool, nearest):
-    """{item: nearest(unit, pool, item)} for the items of a pool (n,); unit (I, E) has rows of length 1.
+    """{item: nearest(unit, pool, item)} for the items of a pool (n,); unit (I, E) has rows of
+    length 1.
 
-    Rounding differs between products: where the two highest cosines are not told apart, the definition
-    says which it is.
+    Rounding differs between products: where the two highest cosines are not told apart, the
+    definition says which it is.
     """
     found = {}
     for begin in range(0, len(pool), 512):

@@ -15,9 +15,9 @@ def drop_repeats(users, items, times):
     first = first_of_each(*codes, times)
     if first.all():
         return users, items, times
-    repeats = (~first).sum()
     print(
-        f"note: {repeats:,} interactions repeat another (same user, item and time); each counts once"
+        f"note: {(~first).sum():,} interactions repeat another (same user, item and time); each "
+        "counts once"
     )
     return users[first], items[first], times[first]
 
@@ -35,8 +35,8 @@ def first_of_each(*columns):
 
 
 def template_lines(path):
-    """Yield (line number, [task, seen or unseen, prompt, target]) of a template file. OpenP5's word for
-    a user becomes ours."""
+    """Yield (line number, [task, seen or unseen, prompt, target]) of a template file. OpenP5's
+    word for a user becomes ours."""
     with reading(path, "templates are lines of UTF-8 text, see prompts.txt"):
         text = Path(path).read_text(encoding="utf-8-sig")
     for number, line in enumerate(text.splitlines(), 1):
@@ -51,8 +51,8 @@ def check_template(path, number, fields, ranking):
     whole = len(fields) == 4 and fields[1] in kinds
     if not whole or ranking and "{target}" not in fields[3]:
         raise InputError(
-            f"{path}, line {number}: not `task; seen or unseen; prompt; target`; {{target}} to rank, "
-            "seen to write"
+            f"{path}, line {number}: not `task; seen or unseen; prompt; target`; {{target}} to "
+            "rank, seen to write"
         )
     asked = fields[2] + (fields[3].partition("{target}")[0] if ranking else "")
     allowed = ("user", "history", "dataset") if ranking else ("item", "neighbour")

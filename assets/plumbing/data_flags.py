@@ -28,7 +28,8 @@ def parse_args(argv=None):
         nargs="+",
         type=a_column,
         metavar="ROLE=NAME",
-        help="columns that are not found by their names: user=A item=B time=C, of the item table id=A title=B text=C",
+        help="columns that are not found by their names: user=A item=B time=C, of the item table "
+        "id=A title=B text=C",
     )
     p.add_argument(
         "--look",

@@ -12,15 +12,15 @@ from assets.guard import InputError, reading
 
 
 def in_table(table, ids):
-    """The items of these ids, copied from an item table {id: item}; what it lacks has no title and no
-    text."""
+    """The items of these ids, copied from an item table {id: item}; what it lacks has no title
+    and no text."""
     unknown = {"title": "", "text": "", "attributes": {}}
     return [dict(table.get(x) or {"id": x, **unknown}) for x in ids]
 
 
 def unique_titles(items, say=False):
-    """Equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many, and may say
-    so."""
+    """Equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many, and may
+    say so."""
     seen, changed = {}, 0
     for item in items:
         title = wanted = item["title"] or f"item {item['id']}"
@@ -39,13 +39,13 @@ def unique_titles(items, say=False):
 
 
 def random_names(prepared, total):
-    """OpenP5's random indexing: numbers from 1001. Items after the first `prepared` (later.extend) come
-    last, so that they change no name."""
+    """OpenP5's random indexing: numbers from 1001. Items after the first `prepared`
+    (later.extend) come last, so that they change no name."""
     order = torch.randperm(prepared, generator=torch.Generator().manual_seed(0)).tolist()
     return [f"item_{1001 + k}" for k in [*order, *range(prepared, total)]]
 
 
-def names_of_index_file(path, items):
+def index_file_names(path, items):
     """What a file of lines `id name` calls each item; a number gets "item_" before it."""
     known = {item["id"] for item in items}
     with reading(f"--item-names {path}", "give title, random or a file with lines `id name`"):
@@ -54,8 +54,8 @@ def names_of_index_file(path, items):
     missing = [item["id"] for item in items if item["id"] not in index]
     if missing:
         raise InputError(
-            f"--item-names {path}: no line for {len(missing)} items, the first is {missing[0]}; add "
-            f"`{missing[0]} NAME`"
+            f"--item-names {path}: no line for {len(missing)} items, the first is {missing[0]}; "
+            f"add `{missing[0]} NAME`"
         )
     names = [index[item["id"]] for item in items]
     return [("item_" if name.isdigit() else "") + name.strip() for name in names]
@@ -99,8 +99,8 @@ def distinct_titles(items, tokenizer, max_tokens, soft):
             if name and tokens in names and unseen:
                 raise InputError(
                     "--item-names title: the tokenizer knows no letter by which the items "
-                    f"{names[tokens][0]!r} and {item['id']!r} differ; take another LLM or --item-names "
-                    "random"
+                    f"{names[tokens][0]!r} and {item['id']!r} differ; take another LLM or "
+                    "--item-names random"
                 )
 
             # The next try: cut, then with 2, 3 ...
@@ -111,8 +111,8 @@ def distinct_titles(items, tokenizer, max_tokens, soft):
         names[tokens] = item["id"], name
     if equal:
         print(
-            f"note: {len(equal)} titles are equal to others for this tokenizer, such as {equal[0]!r}'s, "
-            "and got a number",
+            f"note: {len(equal)} titles are equal to others for this tokenizer, such as "
+            f"{equal[0]!r}'s, and got a number",
             file=sys.stderr,
         )
     return [name for _, name in names.values()]

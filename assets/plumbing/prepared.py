@@ -12,7 +12,6 @@ import numpy as np
 from assets.guard import CONTROL, InputError, end_move, write_atomically
 
 FORMAT = 2  # of a prepared folder; 1 had a table of users' vectors
-AGAIN = "prepare the folder again"
 
 
 def sha256(path):
@@ -20,8 +19,8 @@ def sha256(path):
 
 
 def write_folder(folder, meta, contents):
-    """Write contents {file name: content} and meta.json, which gets the sums of the others. The folder
-    appears under its name when it is whole; what stood there before is kept until then."""
+    """Write contents {file name: content} and meta.json, which gets the sums of the others. The
+    folder appears under its name when it is whole; what stood there before is kept until then."""
 
     def write(new):
         for name, content in contents.items():
@@ -51,14 +50,14 @@ def read_folder(folder):
     meta = json.loads((folder / "meta.json").read_text())
     if meta.get("format") != FORMAT:
         raise InputError(
-            f"{folder}: prepared by another version of data.py (format {meta.get('format', 1)}, now "
-            f"{FORMAT}); prepare it again"
+            f"{folder}: prepared by another version of data.py (format {meta.get('format', 1)}, "
+            f"now {FORMAT}); prepare it again"
         )
     contents = {}
     for name, wanted in meta["sha256"].items():
         file = folder / name
         if not file.is_file() or sha256(file) != wanted:
-            raise InputError(f"{file}: differs from what data.py wrote; {AGAIN}")
+            raise InputError(f"{file}: differs from what data.py wrote; prepare the folder again")
         if name.endswith(".npz"):
             contents[name] = dict(np.load(file, allow_pickle=False))
             continue

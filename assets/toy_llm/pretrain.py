@@ -42,6 +42,7 @@ import data  # noqa: E402
 from assets.cf import training_moments  # noqa: E402
 from assets.fast.search import Trie  # noqa: E402
 from assets.run import pick_device, precision  # noqa: E402
+from assets.toy_world import toy_world  # noqa: E402
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -211,7 +212,7 @@ def train(args):
     bf16 = precision(device) == torch.bfloat16  # only on a GPU that has it; the weights stay fp32
     templates = data.load_prompts(HERE / "prompts.txt")
     corpus = Corpus(
-        data.load_dataset(args.data).items if args.data else data.toy_world(0)["items"],
+        data.load_dataset(args.data).items if args.data else toy_world(0)["items"],
         templates,
         args.seed,
     )
