@@ -1,4 +1,4 @@
-"""Raw interaction logs -> one prepared folder that every other script reads. The first file.
+"""Raw interaction logs -> one prepared folder that every other script reads. Read this first.
 
     python data.py                                       # the toy world, 3 s
     python data.py --dataset movielens --source ml-100k  # 20 s
