@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from assets.cf import UserSolver
+from assets.cf import UserSolver, training_part
 from assets.guard import run_script
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.runs import describe, find_runs, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
 from assets.run import pick_device, read_config
 from assets.toy_world import toy_oracle, toy_world
-from data import RANKING_TASKS, load_dataset, training_part
+from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from train_stage1 import TEXT_LOSSES, evaluate_texts
 from train_stage2 import Examples, load_stage1

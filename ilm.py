@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from assets.cf import last_items
+from assets.cf import last_items, training_moments
 from assets.fast.search import Trie, additive, search, segment_logsumexp
 from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
@@ -39,7 +39,7 @@ from assets.run import (
     precision,
     read_config,
 )
-from data import SOFT, item_names, load_dataset, training_moments
+from data import SOFT, item_names, load_dataset
 from qformer import Adapter, MLPEncoder, QFormer, QFormerConfig
 
 hf_logging.disable_progress_bar()

@@ -2,13 +2,10 @@
 
 import re
 
-import torch
 
-from data import load_prompts, text_tasks
-
-
-def look(catalogue):
-    """Print, after the readers' own lines, the attributes of a catalogue, its first three items and five text tasks."""
+def look_at(catalogue, tasks):
+    """Print, after the readers' own lines, the attributes of a catalogue, its first three items and
+    five of its text tasks."""
     values = {}
     for item in catalogue:
         for name, value in item["attributes"].items():
@@ -21,12 +18,9 @@ def look(catalogue):
     for item in catalogue[:3]:
         print(f"  {item['id']}  {item['title']}\n      {item['text'][:300] or '(no text)'}")
 
-    # Neighbours would need CF
-    templates = [t for t in load_prompts() if "{neighbour}" not in t[2]]
-    splits, no_cf = ["train"] * len(catalogue), torch.zeros(len(catalogue), 1)
-    tasks = {t["task"]: t for t in text_tasks(catalogue, splits, templates, no_cf, 0, 20)}
-    print(f"text tasks: {len(tasks)} kinds; the first five")
-    for name, task in list(tasks.items())[:5]:
+    by_name = {task["task"]: task for task in tasks}
+    print(f"text tasks: {len(by_name)} kinds; the first five")
+    for name, task in list(by_name.items())[:5]:
         about = ", ".join(catalogue[i]["id"] for i in task["items"])
         print(f"  {name} ({about}): {task['prompt']} -> {task['target'][:200]}")
     print("--look: nothing was written")

@@ -1,9 +1,11 @@
-"""The raw files of each source, read for data.py: interaction logs, item tables, CF vectors from elsewhere. Everything that a user
-can get wrong in them is said in one line (InputError). What a table may look like stands in tables_in.py; to read a format of your
-own, write one more function like these.
+"""The raw files of each source, read for data.py: interaction logs, item tables, CF vectors from
+elsewhere. Everything that a user can get wrong in them is said in one line (InputError). What a
+table may look like stands in tables_in.py; to read a format of your own, write one more function
+like these.
 
-A log becomes three arrays of equal length, in file order: users, items, times. An item table becomes
-{id: {"title", "text", "attributes"}}."""
+A log becomes three arrays of equal length, in file order: users, items, times. An item table
+becomes {id: {"id", "title", "text", "attributes"}}.
+"""
 
 import re
 from array import array
@@ -13,11 +15,12 @@ import numpy as np
 import torch
 
 from assets.guard import CONTROL, InputError, reading
+from assets.plumbing.checks import drop_repeats
 from assets.tables_in import MISSING, Table, clean, flatten, moment
 
 ML_GENRES = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
 ).split()
 MOVIELENS_URL = "https://grouplens.org/datasets/movielens/"
 FILES = {  # of each --dataset: the log, and the item table; each may end in .gz
@@ -32,10 +35,8 @@ FILES = {  # of each --dataset: the log, and the item table; each may end in .gz
 
 def files(source, names):
     """The files of a folder that have one of these names, zipped or not."""
-    paths = [
-        p for name in names for end in ("", ".gz") for p in sorted(Path(source).glob(name + end))
-    ]
-    return [path for path in paths if path.is_file()]
+    found = [Path(source).glob(name + end) for name in names for end in ("", ".gz")]
+    return [path for paths in found for path in sorted(paths) if path.is_file()]
 
 
 def find(source, names, dataset):
@@ -51,34 +52,34 @@ def tell(table):
 
 
 def clean_id(value, path, number, kind=str):
-    """Ids stand one a line in users.txt and are looked up as they are: no control characters, nothing empty, nothing endless."""
+    """Ids stand one a line in users.txt and are looked up as they are: no control characters,
+    nothing empty, nothing endless."""
     value = str(value).strip()
     whole = kind is str or value.isdecimal() and len(value) < 19
     if value in MISSING or len(value) > 1000 or CONTROL.search(value) or not whole:
         raise InputError(
-            f"{path}, line {number}: the id {value[:50]!r} is empty, too long, has control characters or, in MovieLens, is no whole "
-            "number; rename it"
+            f"{path}, line {number}: the id {value[:50]!r} is empty, too long, has control "
+            "characters or, in MovieLens, is no whole number; rename it"
         )
     return kind(value)
 
 
-# ---- Logs ------------------------------------------------------------------------------------------------------------
+# ---- Logs --------------------------------------------------------------------
 
 
 def read_log(path, chosen=None, say=tell, kind=str):
-    """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no int64 holds become their ranks."""
+    """A log with columns user, item, time -> arrays users, items of `kind`, times. Times that no
+    int64 holds become their ranks."""
     table = Table(path, ("user", "item", "time"), chosen)
-    users, items, times, ids, known = [], [], array("q"), {}, None
-    for number, names, row in table.rows():
-        if names != known:
-            known = names
-            u, i, t = (table.find(names, number)[role] for role in table.roles)
+    users, items, times = [], [], array("q")
+    ids = {}  # equal ids are one object: a log may have many millions
+    for number, (u, i, t), names, row in table.rows():
         try:
             time = moment(str(row[t]).strip())
         except ValueError:
             raise InputError(
-                f"{path}, line {number}: {names[t]} {str(row[t])[:50]!r} is not a number from 0 (any growing count will do) "
-                "nor a date like 2023-01-31 or 2023-01-31T10:00:00"
+                f"{path}, line {number}: {names[t]} {str(row[t])[:50]!r} is not a number from 0 "
+                "(any growing count will do) nor a date like 2023-01-31 or 2023-01-31T10:00:00"
             ) from None
         try:
             times.append(time)
@@ -86,13 +87,12 @@ def read_log(path, chosen=None, say=tell, kind=str):
             times = [*times, time]
             table.remarks["times are no whole numbers: put in order"] = 0
         for column, value in ((users, str(row[u])), (items, str(row[i]))):
-            if value not in ids:  # equal ids are one object: a log may have many millions
+            if value not in ids:
                 ids[value] = clean_id(value, path, number, kind)
             column.append(ids[value])
     say(table)
     if isinstance(times, list):
-        rank = {time: k for k, time in enumerate(sorted(set(times)))}
-        times = [rank[time] for time in times]
+        times = np.unique(np.array(times, dtype=object), return_inverse=True)[1]
     return np.array(users, dtype=kind), np.array(items, dtype=kind), np.array(times, dtype=np.int64)
 
 
@@ -102,24 +102,25 @@ def read_movielens(source, chosen=None, say=tell):
 
 
 def read_csv(source, chosen=None, say=tell):
-    """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps others; or RecBole's .inter."""
+    """The engineer's own log: interactions.csv with the columns user, item, timestamp and perhaps
+    others; or RecBole's .inter."""
     return read_log(find(source, FILES["csv"][0], "csv"), chosen, say)
 
 
 def read_openp5(source, chosen=None, say=tell):
-    """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time order."""
-    pairs, seen, path = [], {}, find(source, FILES["openp5"][0], "openp5")
+    """OpenP5's user_sequence.txt: one user a line, the user's id and then item ids in time
+    order."""
+    path = find(source, FILES["openp5"][0], "openp5")
     table = Table(path, ("user",))
     table.columns["user"] = "first word of a line"
+    pairs, seen = [], {}
     with reading(path, "write it again as UTF-8"), table.open() as f:
         for number, line in enumerate(f, 1):
             user, *sequence = [clean_id(x, path, number) for x in line.split()] or [""]
             if not sequence or user in seen:
-                why = (
-                    f"user {user} has line {seen[user]} already"
-                    if user in seen
-                    else "expected a user id and item ids, spaces between"
-                )
+                why = "expected a user id and item ids, spaces between"
+                if user in seen:
+                    why = f"user {user} has line {seen[user]} already"
                 raise InputError(f"{path}, line {number}: {why}; remove the line")
             seen[user] = number
             pairs += [(user, item) for item in sequence]
@@ -130,32 +131,34 @@ def read_openp5(source, chosen=None, say=tell):
 READERS = {"movielens": read_movielens, "openp5": read_openp5, "csv": read_csv}
 
 
-# ---- Item tables -----------------------------------------------------------------------------------------------------
+# ---- Item tables -------------------------------------------------------------
 
 
 def read_items(path, chosen=None, say=tell):
-    """An item table -> {id: {"id", "title", "text", "attributes"}}. What is no id, title or text is an attribute."""
+    """An item table -> {id: {"id", "title", "text", "attributes"}}. What is no id, title or text
+    is an attribute."""
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, .jsonl)"
+            f"{path}: no such file; --items names the item table (u.item, movies.dat, .csv, .tsv, "
+            ".jsonl)"
         )
     table = Table(path, ("id", "title", "text"), chosen)
-    found, known, flags = {}, None, path.name.startswith("u.item")
-    for number, names, values in table.rows():
-        if flags:  # a column of 0 and 1 for each genre
-            genres = [genre for genre, flag in zip(ML_GENRES, values[5:]) if flag.strip() == "1"]
-            names, values = ("id", "title", "genres"), [*values[:2], genres]
-        if names != known:
-            known, place = names, table.find(names, number)
-            column = {role: names[k] for role, k in place.items()}
-        key, item = read_item(table, number, column, dict(zip(names, values)))
-        if found.get(key, item) != item:
-            raise InputError(
-                f"{path}, line {number}: the id {key} stands there for the second time; remove one of the lines"
-            )
-        if key in found:
+    found = {}
+    for number, places, names, values in table.rows():
+        row = dict(zip(names, values))
+        if path.name.startswith("u.item"):  # a column of 0 and 1 for each genre
+            flags = zip(ML_GENRES, values[5:])
+            row["genres"] = [genre for genre, flag in flags if flag.strip() == "1"]
+            table.others["genres"] = None
+        item = read_item(table, number, row, *(k if k is None else names[k] for k in places))
+        key = item["id"]
+        if found.setdefault(key, item) is not item:
+            if found[key] != item:
+                raise InputError(
+                    f"{path}, line {number}: the id {key} stands there for the second time; remove "
+                    "one of the lines"
+                )
             table.remarks["repeated lines left out"] += 1
-        found[key] = item
     missing = sorted({"title", *table.chosen} & {*table.roles} - {*table.columns})
     if found and missing:
         raise table.unfit(missing, names, 1)
@@ -163,78 +166,97 @@ def read_items(path, chosen=None, say=tell):
     return found
 
 
-def read_item(table, number, column, row):
-    """A row {name: value} -> id, item. column: {role: name}. Objects and addresses are counted among the table's remarks."""
-    key = clean_id(row[column["id"]], table.path, number)
+def read_item(table, number, row, *columns):
+    """A row {name: value} -> item. columns: those of id, title and text, or None. Objects and
+    addresses are counted among the table's remarks."""
+    key = clean_id(row[columns[0]], table.path, number)
     told = row.get("attributes")
     if told and not isinstance(told, dict):
         raise InputError(
-            f"{table.path}, line {number}: `attributes` is to be an object of names and values; mend the line"
+            f"{table.path}, line {number}: `attributes` is to be an object of names and values; "
+            "mend the line"
         )
 
-    # Attributes: words between | or, in RecBole's lists, between spaces; objects are left out
-    rest = told or {k: v for k, v in row.items() if k and k not in (*column.values(), "attributes")}
+    # Attributes: words between | or, in RecBole's lists, between spaces; objects are left out.
+    rest = told or {k: v for k, v in row.items() if k and k not in (*columns, "attributes")}
     attributes = {}
     for name, value in rest.items():
-        if isinstance(value, str) and (name in table.lists or "|" in value):
-            value = value.split(None if name in table.lists else "|")
+        words = name in table.lists
+        if isinstance(value, str) and (words or "|" in value):
+            value = value.split(None if words else "|")
         texts, objects = flatten(value)
         if objects:
             table.remarks[f"values of {name} left out (objects, addresses)"] += 1
         if texts:
             attributes[clean(name)] = ", ".join(texts)
 
-    # Title and text; MovieLens's titles end with a year
-    title, text = (" ".join(flatten(row.get(column.get(role)))[0]) for role in ("title", "text"))
+    # Title and text; MovieLens's titles end with a year.
+    title, text = (" ".join(flatten(row.get(column))[0]) for column in columns[1:])
     year = re.search(r"\((\d{4})\)$", title)
     if year and "genres" in rest:
         attributes["decade"] = year[1][:3] + "0s"
     told = "; ".join(f"{k}: {v}" for k, v in attributes.items())
-    text = text or (f"{title}. {told}" if title and told else title or told)
-    return key, {"id": key, "title": title, "text": text, "attributes": attributes}
+    text = text or ". ".join(filter(None, (title, told)))
+    return {"id": key, "title": title, "text": text, "attributes": attributes}
 
 
 def check_ids(path, items, table):
-    """Do the ids of a log's items and of the item table {id: item} meet? None in common: InputError; those without a counterpart: a
-    line with an example of each side."""
+    """Do the ids of a log's items and of the item table {id: item} meet? None in common:
+    InputError; those without a counterpart: a line with an example of each side."""
     chosen = set(np.unique(items).astype(str).tolist())
     unknown, idle = sorted(chosen - table.keys()), sorted(table.keys() - chosen)
     if len(unknown) == len(chosen):
         raise InputError(
-            f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table has {(idle or [''])[0]!r}; "
-            "give the item table of this log by --items, or name the column by --columns id=NAME"
+            f"{path}: knows none of the items of the log, which has {unknown[0]!r} where the table "
+            f"has {(idle or [''])[0]!r}; give the item table of this log by --items, or name the "
+            "column by --columns id=NAME"
         )
-    told = [
-        (unknown, f"of the log's {len(chosen)} items have no line in {path.name}"),
-        (idle, f"items of {path.name} were chosen by nobody and are left out"),
-    ]
-    told = [f"{len(some)} {what}, such as {some[0]!r}" for some, what in told if some]
+    told = []
+    if unknown:
+        what = f"of the log's {len(chosen)} items have no line in {path.name}"
+        told.append(f"{len(unknown)} {what}, such as {unknown[0]!r}")
+    if idle:
+        what = f"items of {path.name} were chosen by nobody and are left out"
+        told.append(f"{len(idle)} {what}, such as {idle[0]!r}")
     if told:
         print("note: " + "; ".join(told))
 
 
-# ---- CF vectors ------------------------------------------------------------------------------------------------------
+def read_files(dataset, source, items=None, columns=None):
+    """The files of a --dataset in the folder `source` -> users, items, times, item table.
+
+    items: the table's path, where it stands elsewhere; columns: --columns.
+    """
+    columns = dict(columns or ())
+    log = READERS[dataset](source, columns)
+    path = Path(items or find(source, FILES[dataset][1], dataset))
+    table = read_items(path, columns)
+    if not len(log[0]):
+        names = " or ".join(FILES[dataset][0])
+        raise InputError(f"--source {source}: no interactions in its {names}")
+    check_ids(path, log[1], table)
+    return *drop_repeats(*log), table
+
+
+# ---- CF vectors --------------------------------------------------------------
 
 
 def load_cf(path, num_users, num_items):
-    """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), rows in the order of the sorted ids ->
-    user (None where there is none), item."""
+    """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), rows in the
+    order of the sorted ids -> user (None where there is none), item."""
     with (
         reading(f"--cf {path}", "expected an .npz with the float array `item`, and perhaps `user`"),
         np.load(path, allow_pickle=False) as z,
     ):
-        found = {
-            name: np.asarray(z[name]).astype(np.float32)
-            for name in ("item", *(["user"] if "user" in z else []))
-        }
-    item, rows = found["item"], {"item": num_items, "user": num_users}
-    width = item.shape[1] if item.ndim == 2 else 0
-    fits = width and all(
-        x.shape == (rows[name], width) and np.isfinite(abs(x).max()) for name, x in found.items()
-    )
-    if not fits:
-        said = ", ".join(f"{name} {x.shape}" for name, x in found.items())
-        raise InputError(
-            f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, user ({num_users}, E)"
-        )
-    return torch.from_numpy(found["user"]) if "user" in found else None, torch.from_numpy(item)
+        names = [name for name in ("item", "user") if name == "item" or name in z]
+        found = [torch.from_numpy(np.asarray(z[name]).astype(np.float32)) for name in names]
+    item, *user = found
+    for vectors, count in zip(found, (num_items, num_users)):
+        fits = vectors.ndim == 2 and vectors.shape == (count, item.shape[-1])
+        if not fits or not vectors.numel() or not vectors.isfinite().all():
+            said = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, found))
+            raise InputError(
+                f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, "
+                f"user ({num_users}, E)"
+            )
+    return user[0] if user else None, item

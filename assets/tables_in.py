@@ -1,7 +1,7 @@
-"""Tables as people have them, row by row: commas, tabs or semicolons, quoted or not, JSON lines or one JSON list, zipped or not, in
-UTF-8 or Latin-1. What a file is stands in its bytes, not in its name; what a column is, in its own name (NAMES)."""
+"""Tables as people have them, row by row: commas, tabs or semicolons, quoted or not, JSON lines
+or one JSON list, zipped or not, in UTF-8 or Latin-1. What a file is stands in its bytes, not in
+its name; what a column is, in its own name (NAMES)."""
 
-import argparse
 import ast
 import csv
 import gzip
@@ -20,22 +20,26 @@ from assets.guard import InputError, printable, reading
 
 csv.field_size_limit(2**31 - 1)  # a text may be long
 
-# How people call their columns, first come, first taken. Capitals, spaces, "_" and "-" make no difference
+# How people call their columns, first come, first taken. Capitals, spaces, "_" and "-" make no
+# difference.
 NAMES = {
     "user": "user user_id userId reviewerID customer_id visitor_id member_id uid".split(),
-    "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id track_id song_id news_id recipe_id "
-    "anime_id game_id app_id video_id gmap_id isbn sku iid".split(),
-    "time": "timestamp time unixReviewTime unix_timestamp unix_time ts event_time datetime date created_at review_date t_dat".split(),
-    "title": "title name product_title product_name item_name prod_name book_title movie_title app_name".split(),
+    "item": "item item_id movieId parent_asin asin product_id business_id book_id article_id "
+    "track_id song_id news_id recipe_id anime_id game_id app_id video_id gmap_id "
+    "isbn sku iid".split(),
+    "time": "timestamp time unixReviewTime unix_timestamp unix_time ts event_time datetime date "
+    "created_at review_date t_dat".split(),
+    "title": "title name product_title product_name item_name prod_name book_title movie_title "
+    "app_name".split(),
     "text": "text description plot overview synopsis detail_desc".split(),
 }
 NAMES["id"] = ["id", *NAMES["item"]]
 
-# Files that have no header: what stands between their columns, and what these are
+# Files that have no header: what stands between their columns, and what these are.
 HEADERLESS = {
     "u.data": ("\t", "user item rating timestamp".split()),
     "ratings.dat": ("::", "user item rating timestamp".split()),
-    "u.item": ("|", ("id", "title", "")),
+    "u.item": ("|", ["id", "title", ""]),
     "movies.dat": ("::", "id title genres".split()),
 }
 
@@ -55,8 +59,8 @@ def plain(name):
 
 
 class Table:
-    """A file, and what was found in it while its rows were read. roles: keys of NAMES that are looked for; chosen {role: column}: those
-    that are not called as in NAMES."""
+    """A file, and what was found in it while its rows were read. roles: keys of NAMES that are
+    looked for; chosen {role: column}: those that are not called as in NAMES."""
 
     def __init__(self, path, roles, chosen=None):
         self.path, self.roles, self.chosen = path, roles, chosen or {}
@@ -68,65 +72,62 @@ class Table:
         """What was understood, in one line."""
         rest = "left out" if "user" in self.roles else "attributes"
         found = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
-        others = shorten(", ".join(self.others), 300)
+        others = shorten(", ".join(self.others), 300) or "none"
         remarks = "".join(f"; {count or ''} {text}" for text, count in self.remarks.items())
-        return printable(f"read {self.path.name}: {found}; {rest}: {others or 'none'}{remarks}")
+        return printable(f"read {self.path.name}: {found}; {rest}: {others}{remarks}")
 
     def find(self, names, number):
-        """{role: place in a row} of a row's columns. InputError where one is not there that has to be."""
-        places = {plain(name): place for place, name in reversed([*enumerate(names)]) if name}
-        found, missing = {}, []
+        """The place of each role among a row's columns, a list; None where a row may lack it."""
+        known, places, missing = [plain(name) for name in names], [], []
         for role in self.roles:
-            wanted = [self.chosen[role]] if role in self.chosen else NAMES[role]
-            fits = [places[plain(name)] for name in wanted if plain(name) in places]
-            if fits:
-                found[role] = fits[0]
-                self.columns[role] = names[fits[0]]
-            elif role not in ("title", "text"):  # a row may lack these
+            wanted = map(plain, [self.chosen[role]] if role in self.chosen else NAMES[role])
+            places.append(next((known.index(name) for name in wanted if name in known), None))
+            if places[-1] is not None:
+                self.columns[role] = names[places[-1]]
+            elif role not in ("title", "text"):
                 missing.append(role)
         if missing:
             raise self.unfit(missing, names, number)
         self.others |= {name: None for name in names if name and name not in self.columns.values()}
-        return found
+        return places
 
     def unfit(self, missing, names, number):
+        lacks = ", ".join(NAMES[role][0] for role in missing)
         known = "; ".join(f"{role}: {' '.join(NAMES[role])}" for role in missing)
         return InputError(
-            f"{self.path}, line {number}: no column {', '.join(NAMES[role][0] for role in missing)}; the header has {[*names]}; "
-            f"known are {known}; name others by --columns {missing[0]}=NAME, or =1, =2 ... where there is no header"
+            f"{self.path}, line {number}: no column {lacks}; the header has {[*names]}; known are "
+            f"{known}; name others by --columns {missing[0]}=NAME, or =1, =2 ... where there is "
+            "no header"
         )
 
     # -- Rows
 
     def rows(self):
-        """Yield (line number, names of the columns, values) of every row that is not empty."""
+        """Yield (line number, places of the roles, names of the columns, values) of every row
+        that is not empty."""
         with (
             reading(self.path, "write it again as UTF-8, a header first or an object a line"),
             self.open() as f,
         ):
-            start, first = next(
-                (x for x in enumerate(f, 1) if x[1].strip() and not x[1].startswith("sep=")),
-                (1, ""),
-            )
+            lines = enumerate(f, 1)
+            told = (x for x in lines if x[1].strip() and not x[1].startswith("sep="))
+            start, first = next(told, (1, ""))
             if "\0" in first:
                 raise InputError(
                     f"{self.path}, line {start}: this is no text; write the file as UTF-8"
                 )
-            lines, start_of_json = itertools.chain([first], f), first.lstrip()[:1]
-            if start_of_json in ("{", "["):
-                yield from self.json_rows(lines, start, start_of_json == "[")
-            else:
-                yield from self.csv_rows(lines, start, first)
+            read = self.json_rows if first.lstrip()[:1] in ("{", "[") else self.csv_rows
+            known = None
+            for number, names, row in read(itertools.chain([first], f), start, first):
+                if names != known:
+                    known, places = names, self.find(names, number)
+                yield number, places, names, row
 
     def open(self):
         """The file as text, unzipped, in the encoding that its bytes are in."""
         with open(self.path, "rb") as f:
             opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
-        for encoding in (
-            "utf-8-sig",
-            "cp1252",
-            "latin-1",
-        ):  # Latin-1 as Windows has it, and as it is
+        for encoding in ("utf-8-sig", "cp1252", "latin-1"):  # cp1252: Latin-1 as Windows has it
             with (
                 suppress(UnicodeDecodeError),
                 opener(self.path, "rt", encoding=encoding, newline="") as f,
@@ -137,14 +138,16 @@ class Table:
             self.remarks["read as Latin-1, since it is not UTF-8"] = 0
         return opener(self.path, "rt", encoding=encoding, newline="")
 
-    def json_rows(self, lines, number, one_list):
+    def json_rows(self, lines, number, first):
         try:
-            for number, row in enumerate(json.loads("".join(lines)) if one_list else lines, number):
-                if isinstance(row, str) and row.strip():  # Amazon's of 2014: as Python writes them
-                    row = (ast.literal_eval if row.startswith("{'") else json.loads)(row.strip())
-                elif isinstance(row, str):
-                    self.remarks["empty rows left out"] += 1
-                    continue
+            if first.lstrip().startswith("["):
+                lines = json.loads("".join(lines))
+            for number, row in enumerate(lines, number):
+                if isinstance(row, str):  # Amazon's of 2014: as Python writes them
+                    if not (row := row.strip()):
+                        self.remarks["empty rows left out"] += 1
+                        continue
+                    row = (ast.literal_eval if row.startswith("{'") else json.loads)(row)
                 if not isinstance(row, dict) or not row:
                     raise ValueError(f"{str(row)[:50]!r} is no object")
                 yield number, tuple(row), list(row.values())
@@ -154,27 +157,25 @@ class Table:
             ) from None
 
     def csv_rows(self, lines, start, first):
-        # What stands between the columns; quotes between tabs are inches, unless the header has them too
+        # What stands between the columns; quotes between tabs are inches, unless the
+        # header has them.
         separator, names = HEADERLESS.get(self.path.name.removesuffix(".gz"), (None, None))
         separator = separator or max("\t;,|", key=first.count)
         literal = names or (separator == "\t" and not first.startswith('"'))
+        quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
         if separator == "::":
             lines = (line.replace("::", "\t") for line in lines)
-        reader = csv.reader(
-            lines,
-            delimiter=separator.replace("::", "\t"),
-            quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
-            strict=True,
-        )
+        delimiter = separator.replace("::", "\t")
+        rows = reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
 
-        # The header, if there is one, and the rows
-        number, rows, exact = start - 1, reader, not names
+        # The header, if there is one, and the rows.
+        number, exact = start - 1, not names
         try:
             if not names:
                 header = next(reader, [])
                 if any(self.chosen.get(role, "").isdecimal() for role in self.roles):
                     rows = itertools.chain([header], reader)
-                    header = [str(n + 1) for n in range(len(header))]
+                    header = map(str, range(1, len(header) + 1))
                 names = tuple(map(self.name, header))
             self.find(names, start)
             for row in rows:
@@ -185,13 +186,15 @@ class Table:
                         continue
                     if len(row) < len(names) or exact and "".join(row[len(names) :]).strip():
                         raise InputError(
-                            f"{self.path}, line {number}: expected {len(names)} columns, with {separator!r} between them, "
-                            f"found {len(row)}; quote the field, mend or remove the line"
+                            f"{self.path}, line {number}: expected {len(names)} columns, with "
+                            f"{separator!r} between them, found {len(row)}; quote the field, mend "
+                            "or remove the line"
                         )
                 yield number, names, row
         except csv.Error as error:
             raise InputError(
-                f"{self.path}, line {number + 1} or after it: {error}; quote the field, and write the file as UTF-8"
+                f"{self.path}, line {number + 1} or after it: {error}; quote the field, and write "
+                "the file as UTF-8"
             ) from None
 
     def name(self, name):
@@ -203,23 +206,22 @@ class Table:
         return bare
 
 
-# ---- Values ----------------------------------------------------------------------------------------------------------
+# ---- Values ------------------------------------------------------------------
 
 
 def clean(value):
-    """Any value as one line of text: entities (some shops write them twice) and tags undone, letters composed."""
+    """Any value as one line of text: entities (some shops write them twice) and tags undone,
+    letters composed."""
     text = html.unescape(html.unescape(str(value)))
-    text = TAGS.sub("", BREAKS.sub(" ", text)) if "<" in text else text
-    if (
-        text[:1] == text[-1:] == '"' and '""' in text
-    ):  # pandas between tabs: "7"" single" is 7" single
+    text = TAGS.sub("", BREAKS.sub(" ", text))
+    if text[:1] == text[-1:] == '"' and '""' in text:  # pandas between tabs: "7"" single"
         text = text[1:-1].replace('""', '"')
     return unicodedata.normalize("NFC", printable(text))
 
 
 def flatten(value):
-    """A value -> the texts in it, and how many objects and addresses it has, which are left out. Lists may lie in lists, and in
-    strings as Python or JSON write them."""
+    """A value -> the texts in it, and how many objects and addresses it has, which are left out.
+    Lists may lie in lists, and in strings as Python or JSON write them."""
     if isinstance(value, str) and value[:1] in ("[", "{") and value[-1:] in ("]", "}"):
         for parse in (ast.literal_eval, json.loads):
             with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -227,7 +229,7 @@ def flatten(value):
     if isinstance(value, (list, tuple, set)):
         parts = [flatten(part) for part in value]
         texts = itertools.chain.from_iterable(found for found, _ in parts)
-        return [*dict.fromkeys(texts)], sum(count for _, count in parts)
+        return list(dict.fromkeys(texts)), sum(count for _, count in parts)
     if isinstance(value, dict):
         return [], 1
     text = clean(value)
@@ -237,8 +239,8 @@ def flatten(value):
 
 
 def moment(text):
-    """A time as a number that sorts: an integer of any size, a decimal as it is, a date in seconds since 1970 (in UTC where it names
-    no zone). ValueError where it is none of these."""
+    """A time as a number that sorts: an integer of any size, a decimal as it is, a date in seconds
+    since 1970 (in UTC where it names no zone). ValueError where it is none of these."""
     if text.isdecimal():
         return int(text)
     try:
@@ -250,23 +252,3 @@ def moment(text):
     if not (number.is_finite() and number >= 0):
         raise ValueError(text)
     return number
-
-
-# ---- What users say of columns and ids -------------------------------------------------------------------------------
-
-
-def a_column(text):
-    """A type for argparse: "user=A" -> ("user", "A")."""
-    role, _, name = text.partition("=")
-    if role not in NAMES or not name:
-        raise argparse.ArgumentTypeError(
-            f"{text}: give {'=, '.join(NAMES)}= and the name of a column"
-        )
-    return role, name
-
-
-def split_name(line, known):
-    """A line `id name` of an index file -> (id, name). An id may have spaces: the longest known one that begins the line."""
-    places = [space.span() for space in re.finditer(r"\s+", line)]
-    start, end = next((x for x in reversed(places) if line[: x[0]] in known), places[0])
-    return line[:start], line[end:]

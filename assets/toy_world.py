@@ -168,6 +168,13 @@ def toy_interactions(world, num_users, seed, drift=TOY_DRIFT):
     return np.concatenate(users), item_ids[np.concatenate(items)], np.concatenate(times)
 
 
+def toy_files(world_seed, num_users, seed):
+    """What readers.read_files gives of raw files: users, items, times, {item id: item}."""
+    world = toy_world(world_seed)
+    log = toy_interactions(world, num_users, seed)
+    return *log, {item["id"]: item for item in world["items"]}
+
+
 def mix_traits(belief, trait_sizes, drift):
     """What one drift makes of a belief over types. (U, types) -> (U, types), the same row sums.
 

@@ -32,6 +32,8 @@ import data  # noqa: E402
 import ilm  # noqa: E402
 import qformer  # noqa: E402
 import train_stage2  # noqa: E402
+from assets import cf  # noqa: E402
+from assets.fast.als import length_batches  # noqa: E402
 
 SPREAD = "{:8.1f} {:8.1f} {:8.1f}"
 
@@ -137,7 +139,7 @@ def make_ilm(llm, method="text", queries=4):
     """An ILM around any LLM, on 150 users of the toy world."""
     folder = Path(tempfile.mkdtemp()) / "toy"
     with contextlib.redirect_stdout(None):
-        data.prepare(data.parse_args(["--max-users", "150", "--cf-dim", "24", "--recency", "0.9", "--reg", "1", "--out", str(folder)]))
+        data.main(["--max-users", "150", "--cf-dim", "24", "--recency", "0.9", "--reg", "1", "--out", str(folder)])
     dataset = data.load_dataset(folder)
     shutil.rmtree(folder.parent)
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "assets" / "toy_llm")
@@ -280,8 +282,8 @@ def als_loss(users, items, X, Y, alpha=2.0, reg=1.0):
 def fit(users, items, num_users, num_items, iterations):
     """Our ALS at E 24, with the users' side that train_cf throws away -> both sides."""
     settings = data.CFSettings(24, alpha=2.0, reg=1.0)
-    Y = data.train_cf(users, items, num_users, num_items, settings, iterations)
-    return data.als_solve(Y, data.length_batches(users, items, num_users, num_items), num_users, settings), Y
+    Y = cf.train_cf(users, items, num_users, num_items, settings, iterations)
+    return cf.als_solve(Y, length_batches(users, items, num_users, num_items), num_users, settings), Y
 
 
 def bench_cf(args):

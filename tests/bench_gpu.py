@@ -113,7 +113,7 @@ def ranking(count):
     one, _ = timed(model.generate, prompts[:8], 16)  # what a user would do instead: a title written word by word, which is one item
     model.train()
     print(f"ranking   {len(users):4} users, {len(dataset.items):,} names | prompts {build / len(users) * 1e3:5.2f} new {new / len(users) * 1e3:6.2f} "
-          f"seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} ms a user | asks {asks(rank)}", flush=True)
+          f"seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} | asks {asks(rank)}", flush=True)
 
 
 for kind in ("sequential", "straightforward"):

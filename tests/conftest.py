@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 def toy(tmp_path_factory):
     """Path of a prepared toy data set with 150 users, who are known at a moment (recency .9)."""
     out = tmp_path_factory.mktemp("data") / "toy"
-    data.prepare(data.parse_args(["--max-users", "150", *CF, "--out", str(out)]))
+    data.main(["--max-users", "150", *CF, "--out", str(out)])
     return out
 
 

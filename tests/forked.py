@@ -23,7 +23,7 @@ import ilm  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 
-MAINS = {"data.py": lambda: data.run_script(lambda: data.prepare(data.parse_args())), "ilm.py": lambda: ilm.run_script(ilm.main),
+MAINS = {"data.py": lambda: data.run_script(data.main), "ilm.py": lambda: ilm.run_script(ilm.main),
          "evaluate.py": lambda: evaluate.run_script(evaluate.main), "train_stage1.py": lambda: train_stage1.run_training(train_stage1.main),
          "train_stage2.py": lambda: train_stage2.run_training(train_stage2.main)}
 

@@ -42,7 +42,7 @@ def prepare(tmp_path, monkeypatch):
             *FEW,
             *argv,
         ]
-        data.prepare(data.parse_args(flags))
+        data.main(flags)
         return data.load_dataset(tmp_path / "out")
 
     return run
@@ -720,7 +720,7 @@ def test_a_look_says_what_was_understood_and_writes_nothing(prepare, tmp_path, c
         "1",
         "--look",
     ]
-    data.prepare(data.parse_args(flags))
+    data.main(flags)
     out = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for said in (

@@ -1,30 +1,22 @@
 """CF settings are chosen on validation: by MF's own NDCG@10, never on test, the smallest E first."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-import data
 from assets import choose_cf as chooser
+from assets.cf import CFSettings
 from assets.choose_cf import candidates, choose_cf, ndcg_at_10, some_users
 from assets.toy_world import toy_interactions, toy_world
 
 
 @pytest.fixture(scope="module")
 def log():
-    """Users and items (nnz,) of 80 toy users by user and time, and where each user begins."""
+    """The sequences of 80 toy users: where each begins, and items (nnz,)."""
     users, items, times = toy_interactions(toy_world(0), 80, seed=0)
     order = np.lexsort((times, users))
     users, items = users[order], items[order].astype(int) - 1
-    return users, items, np.concatenate([[0], np.bincount(users).cumsum()])
-
-
-def flags(**given):
-    return SimpleNamespace(
-        **{"cf_dim": None, "recency": None, "reg": None, "a0": None, "seed": 0} | given
-    )
+    return np.concatenate([[0], np.bincount(users).cumsum()]), items
 
 
 @pytest.fixture()
@@ -50,29 +42,29 @@ def test_ndcg_is_zero_beyond_the_tenth_place():
 
 
 def test_test_items_have_no_say_in_the_choice(log, small_grid):
-    users, items, indptr = log
+    indptr, items = log
     others = items.copy()
     others[indptr[1:] - 1] = np.roll(items[indptr[1:] - 1], 7)
     assert (others != items).sum() > 60
-    first, second = (choose_cf(users, x, indptr, 120, flags()) for x in (items, others))
+    first, second = (choose_cf(indptr, x, 120) for x in (items, others))
     assert first == second
 
 
 def test_validation_items_have_a_say_in_the_choice(log, small_grid):
-    users, items, indptr = log
+    indptr, items = log
     others = items.copy()
     others[indptr[1:] - 2] = np.roll(items[indptr[1:] - 2], 7)
-    first, second = (choose_cf(users, x, indptr, 120, flags()) for x in (items, others))
+    first, second = (choose_cf(indptr, x, 120) for x in (items, others))
     assert first[1]["valid_NDCG@10"] != second[1]["valid_NDCG@10"]
 
 
 def test_the_choice_is_a_function_of_the_seed(log, small_grid):
-    assert choose_cf(*log, 120, flags()) == choose_cf(*log, 120, flags())
+    assert choose_cf(*log, 120) == choose_cf(*log, 120)
 
 
 def test_flags_leave_nothing_to_choose(log):
-    found, measured = choose_cf(*log, 120, flags(cf_dim=5, recency=0.6, reg=0.02, a0=0.2))
-    assert found == data.CFSettings(dim=5, alpha=2.0, reg=0.02, a0=0.2, recency=0.6)
+    found, measured = choose_cf(*log, 120, {"dim": 5, "recency": 0.6, "reg": 0.02, "a0": 0.2})
+    assert found == CFSettings(dim=5, alpha=2.0, reg=0.02, a0=0.2, recency=0.6)
     assert set(measured) == {"valid_NDCG@10", "se", "train_NDCG@10"}
 
 
@@ -80,20 +72,20 @@ def test_flags_leave_nothing_to_choose(log):
     "given, widths, ridges, recencies",
     [
         ({}, 3, 4, 8),
-        ({"cf_dim": 9}, 1, 4, 8),
+        ({"dim": 9}, 1, 4, 8),
         ({"recency": 1.0}, 3, 4, 1),
         ({"reg": 0.5}, 3, 1, 8),
-        ({"cf_dim": 9, "reg": 0.5, "a0": 0.1, "recency": 0.3}, 1, 1, 1),
+        ({"dim": 9, "reg": 0.5, "a0": 0.1, "recency": 0.3}, 1, 1, 1),
     ],
 )
 def test_what_a_flag_fixes_has_one_value(given, widths, ridges, recencies):
-    assert [*map(len, candidates(flags(**given), 10_000))] == [widths, ridges, recencies]
+    assert [*map(len, candidates(10_000, **given))] == [widths, ridges, recencies]
 
 
 def test_a_small_catalogue_tries_no_wide_vectors():
-    assert candidates(flags(), 120)[0] == (24,)
-    assert candidates(flags(), 130)[0] == (24, 64)
-    assert candidates(flags(), 12)[0] == (24,)
+    assert candidates(120)[0] == (24,)
+    assert candidates(130)[0] == (24, 64)
+    assert candidates(12)[0] == (24,)
 
 
 @pytest.fixture()
@@ -113,7 +105,7 @@ def staged(log, monkeypatch):
 
         monkeypatch.setattr(chooser, "ndcg_at_10", told)
         monkeypatch.setattr(chooser, "train_cf", trained)
-        return choose_cf(*log, 120, flags(recency=0.9, reg=1.0))[0].dim
+        return choose_cf(*log, 120, {"recency": 0.9, "reg": 1.0})[0].dim
 
     return choose
 
@@ -131,7 +123,8 @@ def test_a_better_small_width_wins(staged):
 
 
 def test_the_search_trains_on_whole_users_up_to_a_limit(log):
-    users, items, indptr = log
+    indptr, items = log
+    users = np.repeat(np.arange(80), np.diff(indptr))
     kept, chosen = some_users(users, items, 500, seed=0)
     assert 400 < len(kept) <= 500
     for user in np.unique(kept):
@@ -142,20 +135,19 @@ def test_the_search_trains_on_whole_users_up_to_a_limit(log):
 
 def test_nobody_to_validate_on_is_no_obstacle():
     """Two users of two interactions."""
-    users, items = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
-    found, measured = choose_cf(users, items, np.array([0, 2, 4]), 3, flags())
+    found, measured = choose_cf(np.array([0, 2, 4]), np.array([0, 1, 1, 2]), 3)
     assert found.dim == 24 and measured == {}
 
 
 def test_one_user_to_validate_on_is_enough(log, small_grid):
     """There is no standard error of one; the best wins."""
-    users, items, indptr = log
-    found, measured = choose_cf(users[: indptr[1]], items[: indptr[1]], indptr[:2], 120, flags())
+    indptr, items = log
+    found, measured = choose_cf(indptr[:2], items[: indptr[1]], 120)
     assert found.dim in (4, 12) and measured["se"] == 0
 
 
 def test_the_table_says_what_was_chosen(log, small_grid, capsys):
-    found, measured = choose_cf(*log, 120, flags())
+    found, measured = choose_cf(*log, 120)
     printed = capsys.readouterr().out
     assert printed.count("\n  E ") == 2
     row = next(line for line in printed.splitlines() if line.endswith("<- chosen"))
@@ -165,5 +157,5 @@ def test_the_table_says_what_was_chosen(log, small_grid, capsys):
 
 def test_vectors_of_another_engine_keep_their_width(log, small_grid):
     vectors = torch.randn(120, 7, generator=torch.Generator().manual_seed(0))
-    found, _ = choose_cf(*log, 120, flags(), vectors)
+    found, _ = choose_cf(*log, 120, item_cf=vectors)
     assert found.dim == 7

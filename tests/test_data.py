@@ -9,11 +9,16 @@ import torch
 from conftest import CF, real
 
 import data
-from assets import choose_cf
+from assets import cf, choose_cf
+from assets.fast.als import length_batches
+from assets.fast.nearest import nearest_of_each
+from assets.guard import printable, write_atomically
+from assets.plumbing.checks import first_of_each
+from assets.readers import read_items
 
 
 def prepare(tmp_path, *argv):
-    data.prepare(data.parse_args([*map(str, argv), "--out", str(tmp_path / "out")]))
+    data.main([*map(str, argv), "--out", str(tmp_path / "out")])
     return data.load_dataset(tmp_path / "out")
 
 
@@ -109,8 +114,8 @@ def test_als_solves_the_normal_equations(E, reg, a0):
     torch.manual_seed(0)
     fixed, rows, columns = torch.randn(7, E), torch.tensor([3, 0, 2, 2, 0, 2, 2]), torch.tensor([5, 1, 0, 2, 4, 3, 6])
     for budget in (1, 1 << 18):  # one row at a time, or all padded together
-        settings = data.CFSettings(E, alpha=2.0, reg=reg, a0=a0)
-        x = data.als_solve(fixed, data.length_batches(rows, columns, 4, 7, budget), 4, settings)
+        settings = cf.CFSettings(E, alpha=2.0, reg=reg, a0=a0)
+        x = cf.als_solve(fixed, length_batches(rows, columns, 4, 7, budget), 4, settings)
         for row in range(4):
             confidence, wanted = torch.ones(7), torch.zeros(7)
             confidence[columns[rows == row]] = 3.0
@@ -175,6 +180,12 @@ def test_vectors_of_other_counts_are_refused(four_items):
             four_items(**wrong)
 
 
+def test_a_width_beside_vectors_of_another_engine_is_refused(tmp_path):
+    with pytest.raises(data.InputError, match="--cf-dim 4: the vectors of --cf mine.npz have a width"):
+        prepare(tmp_path, "--cf", "mine.npz", "--cf-dim", 4)
+    assert not (tmp_path / "out").exists()
+
+
 # -- repeats and entities
 
 
@@ -192,28 +203,28 @@ def test_what_a_log_says_twice_counts_once(tmp_path, capsys):
 
 def test_the_same_item_at_another_time_is_no_repeat():
     users, items, times = np.array([0, 0, 0, 1, 0, 1]), np.array([5, 5, 5, 5, 6, 5]), np.array([9, 8, 9, 9, 9, 9])
-    assert data.first_of_each(users, items, times).tolist() == [True, True, False, True, True, False]
+    assert first_of_each(users, items, times).tolist() == [True, True, False, True, True, False]
 
 
 def test_entities_in_titles_and_texts_are_characters():
     """819 brands of Beauty, L&#39;Oreal before all, and a few titles."""
     path = Path(real("data/openp5-beauty")) / "items.tsv"
-    table = data.read_items(path)
+    table = read_items(path)
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     encoded = [row for row in rows if html.unescape("".join(row)) != "".join(row)]
     assert len(encoded) > 819
     for key, title, brand, _ in encoded:
         item, title, brand = table[key], *(html.unescape(html.unescape(x)) for x in (title, brand))  # `eForCity&amp;reg;`
-        assert item["title"] == data.printable(title) and item["attributes"].get("brand", "") == data.printable(brand)
+        assert item["title"] == printable(title) and item["attributes"].get("brand", "") == printable(brand)
         assert brand in item["text"] and "&#39;" not in item["text"] and "&amp;" not in item["text"]
 
 
 def test_entities_of_attributes_are_characters(tmp_path):
     path = tmp_path / "items.csv"
     path.write_text("id,title,text,brand\n1,Salt &amp; Pepper,&quot;hot&quot;,A&amp;B\n2,Nail,,eFor&amp;reg;\n")
-    item = data.read_items(path)["1"]
+    item = read_items(path)["1"]
     assert item == {"id": "1", "title": "Salt & Pepper", "text": '"hot"', "attributes": {"brand": "A&B"}}
-    item = data.read_items(path)["2"]  # encoded twice: the attribute and the text made of it are the same
+    item = read_items(path)["2"]  # encoded twice: the attribute and the text made of it are the same
     assert item["attributes"] == {"brand": "eFor®"} and item["text"] == "Nail. brand: eFor®"
 
 
@@ -228,6 +239,12 @@ def test_toy_is_a_function_of_its_seed(toy, tmp_path):
     assert [i["title"] for i in other.items] == [i["title"] for i in again.items]  # --seed leaves the catalogue alone
 
 
+def test_a_notebook_prepares_by_plain_parameters(toy, tmp_path):
+    """What the flags of the fixture `toy` write, byte by byte."""
+    data.prepare(tmp_path / "toy", max_users=150, cf_dim=12, recency=0.9, reg=1.0)
+    assert {f.name: f.read_bytes() for f in toy.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "toy").iterdir()}
+
+
 def test_held_out_items_are_a_function_of_their_ids_and_in_no_training_task(toy):
     dataset = data.load_dataset(toy)
     held_out = {i for ids in dataset.meta["held_out"].values() for i in ids}
@@ -238,9 +255,9 @@ def test_held_out_items_are_a_function_of_their_ids_and_in_no_training_task(toy)
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
-    data.write_atomically(tmp_path / "x", lambda f: (f / "file").write_text("old"))
+    write_atomically(tmp_path / "x", lambda f: (f / "file").write_text("old"))
     with pytest.raises(RuntimeError):
-        data.write_atomically(tmp_path / "x", lambda f: (_ for _ in ()).throw(RuntimeError()))
+        write_atomically(tmp_path / "x", lambda f: (_ for _ in ()).throw(RuntimeError()))
     assert (tmp_path / "x" / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -289,6 +306,17 @@ def test_a_folder_of_another_format_is_one_line(toy, tmp_path, number):
     (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in (meta | {"format": number}).items() if v is not None}))
     with pytest.raises(data.InputError, match=r"another version of data.py \(format \d+, now 2\); prepare it again"):
         data.load_dataset(tmp_path)
+
+
+def test_the_nearest_items_of_a_pool_are_those_of_each():
+    """Where vectors are equal or zero too: the fast twin asks the definition then."""
+    vectors = torch.randn(700, 5, generator=torch.Generator().manual_seed(0))
+    vectors[300:350], vectors[600:630] = vectors[100:150], 0
+    unit, pool = torch.nn.functional.normalize(vectors).numpy(), np.arange(0, 700, dtype=int)[::-1][:650].copy()
+    assert nearest_of_each(unit, pool, data.nearest) == {i: data.nearest(unit, pool, i) for i in pool.tolist()}
+    assert data.nearest(unit, pool, 605) and nearest_of_each(unit, pool[:1], data.nearest) == {int(pool[0]): []}
+    apart = np.eye(4, dtype=np.float32)[[0, 1, 2, 2]] + np.float32(0.1) * np.eye(4, dtype=np.float32)
+    assert nearest_of_each(apart, np.arange(4), data.nearest)[3] == [2]
 
 
 def test_the_24_tasks_follow_from_the_truth(toy):

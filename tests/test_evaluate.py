@@ -177,7 +177,7 @@ def test_the_toy_world_orders_the_references(tmp_path):
     """Order is half of the signal, and there is something left to know: popularity < MF of the
     whole history < MF at the moment < the oracle."""
     flags = "--cf-dim 24 --recency 0.8 --reg 1 --max-users 700".split()
-    data.prepare(data.parse_args([*flags, "--out", str(tmp_path / "toy")]))
+    data.main([*flags, "--out", str(tmp_path / "toy")])
     dataset = data.load_dataset(tmp_path / "toy")
     found = evaluate.references(dataset, dataset.eligible()[::2], "test", keep_history=False)
     order = [found[name]["HR@10"] for name in ("popularity", "mf", "mf, at the moment", "oracle")]

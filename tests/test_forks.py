@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def later_folder(folder, log):
 def test_a_new_item_is_folded_in_from_those_who_chose_it(toy, tmp_path, a0):
     """The normal equations of ALS's other side, by hand: known users by all their training items."""
     dataset = data.load_dataset(toy)
-    dataset.solver.settings = data.replace(dataset.solver.settings, a0=a0)
+    dataset.solver.settings = replace(dataset.solver.settings, a0=a0)
     chosen_by = [3, 8, 40]
     log = [(dataset.users[u], "new", 1) for u in chosen_by]
     extended = extend(dataset, later_folder(tmp_path / "later", log))

@@ -1,12 +1,14 @@
 """A user at a moment: their vector is folded in from what came before, and from nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import data
-from assets.cf import solve_rows, solve_short_rows
-from data import CFSettings, UserSolver
+from assets.cf import CFSettings, UserSolver, solve_rows, training_moments
+from assets.fast.als import solve_short_rows
 
 NUM_ITEMS = 30
 SETTINGS = {  # every form of the solver: order counts or not, the ridge is flat or grows with a row
@@ -139,7 +141,7 @@ def test_only_the_gram_matrix_of_the_catalogue_is_shared(solver, histories):
 def dataset(request, toy):
     """The prepared toy data, as it is and as if tastes stood still."""
     prepared = data.load_dataset(toy)
-    settings = data.replace(prepared.solver.settings, recency=request.param)
+    settings = replace(prepared.solver.settings, recency=request.param)
     prepared.solver = UserSolver(prepared.raw_cf, settings)
     return prepared
 
@@ -204,14 +206,14 @@ def test_moments_of_many_users_are_those_of_each(dataset):
 def test_users_of_all_their_training_items_are_those_of_als(dataset):
     """What new items are folded in with: order plays no part, whatever recency is."""
     everyone = dataset.all_of(range(len(dataset.users)))
-    still = data.replace(dataset.solver.settings, recency=1.0)
+    still = replace(dataset.solver.settings, recency=1.0)
     wanted = by_hand(UserSolver(dataset.raw_cf, still), dataset.items_of(5, "train"))
     close(everyone[5], wanted)
     torch.testing.assert_close(everyone.T @ everyone, dataset.user_gram, atol=1e-3, rtol=1e-3)
 
 
 def test_training_moments_are_all_training_targets_but_the_first(dataset):
-    users, places = data.training_moments(dataset.indptr, 10**9)
+    users, places = training_moments(dataset.indptr, 10**9)
     wanted = []
     for user in range(len(dataset.users)):
         wanted += [(user, place) for place in range(1, len(dataset.items_of(user, "train")))]
@@ -219,15 +221,15 @@ def test_training_moments_are_all_training_targets_but_the_first(dataset):
 
 
 def test_a_sample_of_training_moments_is_part_of_them_without_repeats(dataset):
-    every = set(zip(*(x.tolist() for x in data.training_moments(dataset.indptr, 10**9))))
-    some = list(zip(*(x.tolist() for x in data.training_moments(dataset.indptr, 50))))
+    every = set(zip(*(x.tolist() for x in training_moments(dataset.indptr, 10**9))))
+    some = list(zip(*(x.tolist() for x in training_moments(dataset.indptr, 50))))
     assert len(some) == len(set(some)) == 50
     assert set(some) < every
 
 
 def test_users_are_standardised_by_their_training_moments(toy):
     dataset = data.load_dataset(toy)
-    moments = data.training_moments(dataset.indptr, 10_000)
+    moments = training_moments(dataset.indptr, 10_000)
     standard = dataset.standard_users(dataset.moments(*moments))
     torch.testing.assert_close(standard.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.std(0), torch.ones(12), atol=1e-3, rtol=0)

@@ -625,8 +625,8 @@ def planted(tmp_path_factory):
         rows = "".join(f"u{u:02},i{i:02},{t}\n" for u in range(40) for t, i in enumerate([*orders[u][:-1], ends[u]]))
         put(folder / name, {"interactions.csv": "user,item,timestamp\n" + rows,
                             "items.csv": "id,title,genre\n" + "".join(f"i{i:02},Film {i},g{i % 3}\n" for i in range(20))})
-        data.prepare(data.parse_args(["--dataset", "csv", "--source", str(folder / name), "--min-count", "1",
-                                      "--out", str(folder / name / "out" / "x")]))
+        data.main(["--dataset", "csv", "--source", str(folder / name), "--min-count", "1",
+                   "--out", str(folder / name / "out" / "x")])
     a, b = (data.load_dataset(folder / name / "out" / "x") for name in "ab")
     differ = sum(a.target(u, "test") != b.target(u, "test") for u in range(40))
     assert differ > 30 and [x["id"] for x in a.items] == [x["id"] for x in b.items]

@@ -113,7 +113,7 @@ def test_init_bert_from_a_folder(run, toy, tmp_path):
 
 def test_real_data(run, tmp_path):
     out = tmp_path / "data"
-    data.prepare(data.parse_args(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out), *CF]))
+    data.main(["--dataset", "movielens", "--source", real("data/ml-100k"), "--out", str(out), *CF])
     assert run(out, tmp_path / "run", "--steps", 2, "--tokenizer", real("llm/TinyStories-656K")).returncode == 0
     assert load_file(tmp_path / "run" / "model.safetensors")["queries"].shape == (1, 2, 32)
 

@@ -39,8 +39,10 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
+from assets.cf import training_moments  # noqa: E402
 from assets.fast.search import Trie  # noqa: E402
 from assets.run import pick_device, precision  # noqa: E402
+from assets.toy_world import toy_world  # noqa: E402
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -210,7 +212,7 @@ def train(args):
     bf16 = precision(device) == torch.bfloat16  # only on a GPU that has it; the weights stay fp32
     templates = data.load_prompts(HERE / "prompts.txt")
     corpus = Corpus(
-        data.load_dataset(args.data).items if args.data else data.toy_world(0)["items"],
+        data.load_dataset(args.data).items if args.data else toy_world(0)["items"],
         templates,
         args.seed,
     )
@@ -313,7 +315,7 @@ def read_out(dataset, trie, rows, train_rows, steps=600, batch=128):
     optimizer = torch.optim.Adam(trained, lr=3e-3)
 
     # Training moments and validation users
-    users, places = data.training_moments(dataset.indptr, steps * batch)
+    users, places = training_moments(dataset.indptr, steps * batch)
     seen = dataset.standard_users(dataset.moments(users, places))
     targets = torch.tensor([int(dataset.items_of(u)[place]) for u, place in zip(users, places)])
     people = dataset.eligible()

@@ -1,0 +1,118 @@
+"""The flags of data.py, and whether they go together."""
+
+import argparse
+from pathlib import Path
+
+from assets.guard import InputError, Parser, a_seed, within
+from assets.readers import MOVIELENS_URL
+from assets.tables_in import NAMES
+
+
+def parse_args(argv=None):
+    p = Parser(
+        description="Raw interaction logs -> one prepared folder that every other script reads"
+    )
+    p.add_argument(
+        "--dataset",
+        default="toy",
+        choices=["toy", "movielens", "openp5", "csv"],
+        help="format of --source [toy]",
+    )
+    p.add_argument("--source", help="folder with the raw files")
+    p.add_argument(
+        "--items",
+        help="item table, where it is not in --source (u.item, movies.dat, csv, tsv, jsonl)",
+    )
+    p.add_argument(
+        "--columns",
+        nargs="+",
+        type=a_column,
+        metavar="ROLE=NAME",
+        help="columns that are not found by their names: user=A item=B time=C, of the item table "
+        "id=A title=B text=C",
+    )
+    p.add_argument(
+        "--look",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print what was understood of the files, and write nothing",
+    )
+    p.add_argument(
+        "--out", help="prepared folder to write [data/toy, or data/ and the source's name]"
+    )
+    p.add_argument(
+        "--cf", help="your own CF vectors (.npz with item, and perhaps user) in place of ALS"
+    )
+    p.add_argument(
+        "--cf-dim",
+        type=within(int, 1, 4096),
+        help="width E of the CF vectors [chosen on validation]",
+    )
+    p.add_argument(
+        "--recency",
+        type=within(float, 0.01, 1),
+        help="weight of an item a step back; 1: order does not matter [chosen]",
+    )
+    p.add_argument(
+        "--reg",
+        type=within(float, 1e-6),
+        help="regularisation of CF: flat, or with --a0 a row's weight times it [chosen]",
+    )
+    p.add_argument(
+        "--a0",
+        type=within(float, 0),
+        help="with --reg: what the empty part of a row weighs [0: flat]",
+    )
+    p.add_argument(
+        "--min-count",
+        type=within(int, 1),
+        default=5,
+        help="drop users and items with fewer interactions, iterated [5]",
+    )
+    p.add_argument(
+        "--max-users",
+        type=within(int, 1),
+        help="keep a random sample of users (toy: how many to generate) [all; toy 1000]",
+    )
+    p.add_argument(
+        "--seed",
+        type=a_seed,
+        default=0,
+        help="users and interactions of the toy world, start of ALS [0]",
+    )
+    p.add_argument(
+        "--world-seed",
+        type=a_seed,
+        default=0,
+        help="catalogue of the toy world; the shipped LLM knows world 0 [0]",
+    )
+    return p.parse_args(argv)
+
+
+def a_column(text):
+    """A type for argparse: "user=A" -> ("user", "A")."""
+    role, _, name = text.partition("=")
+    if role not in NAMES or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give {'=, '.join(NAMES)}= and the name of a column"
+        )
+    return role, name
+
+
+def check_request(dataset, source, out, cf, cf_dim, reg, a0):
+    """Do the arguments of data.prepare go together? -> the folder to write."""
+    if a0 is not None and reg is None:
+        raise InputError("--a0 goes with --reg: together they are the ridge")
+    if cf and cf_dim:
+        raise InputError(f"--cf-dim {cf_dim}: the vectors of --cf {cf} have a width; leave one out")
+    if dataset != "toy" and not source:
+        raise InputError(
+            f"--dataset {dataset} needs --source, the folder with the raw files; MovieLens: "
+            f"{MOVIELENS_URL}"
+        )
+    out = Path(out or f"data/{Path(source).resolve().name if source else 'toy'}")
+    if source and out.resolve() == Path(source).resolve():
+        raise InputError(
+            f"--source {source}: the prepared folder would take its place; name another by --out"
+        )
+    return out
