@@ -95,8 +95,8 @@ def training(name, kind, rows):
     needed = 4 * weights * tokens + 12 * shape.hidden_size * shape.num_hidden_layers * pairs
     memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
     print(f"{name:9} {kind:15} {rows:3} rows {tokens:7,.0f} tokens {targets:6,.0f} targets | build {build * 1e3:6.1f} new {new * 1e3:7.1f} "
-          f"seen {seen * 1e3:7.1f} ms | {tokens / (build + seen):9,.0f} tokens/s, alone {tokens / seen:9,.0f} | share {needed / seen / peak:.3f} "
-          f"| asks {asks(lambda: step(batches[1]))} | {memory:.1f} GiB", flush=True)
+          f"seen {seen * 1e3:7.1f} ms | {tokens / (build + seen):9,.0f} tokens/s, alone {tokens / seen:9,.0f} "
+          f"| share {needed / seen / peak:.3f} | asks {asks(lambda: step(batches[1]))} | {memory:.1f} GiB", flush=True)
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def ranking(count):
     new, seen = timed(rank)[0], min(timed(rank)[0] for _ in range(2))
     one, _ = timed(model.generate, prompts[:8], 16)  # what a user would do instead: a title written word by word, which is one item
     model.train()
-    print(f"ranking   {len(users):4} users, {len(dataset.items):,} names | prompts {build / len(users) * 1e3:5.2f} new {new / len(users) * 1e3:6.2f} "
-          f"seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} | asks {asks(rank)}", flush=True)
+    print(f"ranking   {len(users):4} users, {len(dataset.items):,} names | prompts {build / len(users) * 1e3:5.2f} "
+          f"new {new / len(users) * 1e3:6.2f} seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} | asks {asks(rank)}", flush=True)
 
 
 for kind in ("sequential", "straightforward"):
