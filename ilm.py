@@ -30,6 +30,7 @@ from assets.fast.search import Trie, additive, search, segment_logsumexp
 from assets.guard import InputError, Parser, a_seed, run_script
 from assets.hub import Portable
 from assets.later import extend
+from assets.plumbing.packable import base_of, continue_alone
 from assets.run import (
     autocast,
     check_fingerprint,
@@ -152,7 +153,7 @@ class ILM(nn.Module, Portable):
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         limits = [
             getattr(llm.config.get_text_config(), name, None)
-            for name in ("max_position_embeddings", "sliding_window")
+            for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size")
         ]
         self.context = min(
             [n for n in limits if n], default=1 << 20
@@ -235,7 +236,7 @@ class ILM(nn.Module, Portable):
         ids = torch.tensor(
             [sum(self.name_ids[:64], [])[: min(256, self.context)]], device=self.cf.device
         )
-        reader = self.llm.get_encoder() if self.seq2seq else self.llm.base_model
+        reader = self.llm.get_encoder() if self.seq2seq else base_of(self.llm)
         embeddings = self.llm.get_input_embeddings()(ids)
         states = reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
         # 1, but for types that multiply whatever is put in
@@ -398,14 +399,25 @@ class ILM(nn.Module, Portable):
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
 
     def body(self, embeddings, attention_mask, position_ids, cache=None):
-        """The LLM without its head -> last hidden states (B, L, hidden); a cache grows."""
-        return self.llm.base_model(
+        """The LLM without its head -> last hidden states (B, L, hidden); a cache grows. None: as the LLM itself has it."""
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            self.cache_name: cache,
+        }
+        return base_of(self.llm)(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             use_cache=cache is not None,
-            **{self.cache_name: cache},
+            **{name: value for name, value in given.items() if value is not None},
         ).last_hidden_state
+
+    def read_alone(self, rows, counts):
+        """The definition of reading, for LLMs whose type does not pack (assets/plumbing/packable.py). Embeddings of examples
+        [(L, hidden), ...], each a row of its own, padded on the right -> the hidden states of the last counts[n] tokens of
+        each, one after the other."""
+        hidden = self.body(nn.utils.rnn.pad_sequence(rows, True), None, None)
+        kept = zip(hidden, rows, counts)
+        return torch.cat([states[len(row) - n : len(row)] for states, row, n in kept])
 
     def encode_prompts(self, embeddings, mask):
         """An encoder-decoder LLM reads its prompts -> states (B, L, hidden), mask (B, L)."""
@@ -423,9 +435,14 @@ class ILM(nn.Module, Portable):
         ).last_hidden_state
 
     def decode_branches(self, batch):
-        """The simple path of encoder-decoder LLMs: every branch a row of its own -> hidden (N, hidden) of the targets, in row order."""
+        """The simple path of LLMs that cannot read packed rows, encoder-decoders among them: every branch a row of its own ->
+        hidden (N, hidden) of the targets, in row order."""
         prompts, targets = zip(*unpacked(batch))
         embeddings = self.embed(batch["ids"], batch)  # soft tokens are the same wherever they stand
+        if not self.seq2seq:
+            words = embeddings.flatten(0, 1)
+            rows = [torch.cat([words[p], self.embed(t[:-1])]) for p, t in zip(prompts, targets)]
+            return self.read_alone(rows, map(len, targets))
         width = max(len(place) for place in prompts)
         place = torch.stack([nn.functional.pad(p, (0, width - len(p)), value=-1) for p in prompts])
         states = self.encode_prompts(embeddings.flatten(0, 1)[place.clamp(min=0)], place >= 0)
@@ -485,7 +502,7 @@ class ILM(nn.Module, Portable):
         """An indexed batch of packed rows -> the sum of -log p over target tokens, and -log p of each of them (T,), in row order. p is
         divided among all tokens, or, where a target is part of a name, among those that the catalogue allows there."""
         batch = {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
-        if self.seq2seq:
+        if not self.packs:
             hidden = self.decode_branches(batch)
         else:
             embeddings = self.embed(batch["ids"], batch)
@@ -562,6 +579,9 @@ class ILM(nn.Module, Portable):
             hidden = self.decode(ids, *self.encode_prompts(embeddings, mask))
             return torch.cat([row[: len(target)] for row, target in zip(hidden, targets)])
         embeddings, mask, position = self.pad(before)
+        if not self.packs:
+            rows = [row[own.bool()] for row, own in zip(embeddings, mask)]
+            return self.read_alone(rows, map(len, targets))
         hidden = self.body(embeddings, mask, position)
         return torch.cat([row[len(row) - len(target) :] for row, target in zip(hidden, targets)])
 
@@ -593,21 +613,22 @@ class ILM(nn.Module, Portable):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value cache, and its further arguments)."""
-        (embeddings, mask, _), end, pad = (
-            self.pad(prompts),
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
-        )
-        ends = (
-            self.llm.generation_config.eos_token_id
-        )  # a list where a chat model ends its turns in another way
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        # A list where a chat model ends its turns in another way
+        ends = self.llm.generation_config.eos_token_id
+        ends = [end, *ends] if isinstance(ends, list) else [end]
+        if not self.generates:
+            out = continue_alone(self, prompts, max_new_tokens, ends, **more)
+            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+            return [text.strip() for text in texts]
+        embeddings, mask, _ = self.pad(prompts)
         out = self.llm.generate(
             inputs_embeds=embeddings,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             **more,
-            eos_token_id=[end, *ends] if isinstance(ends, list) else end,
+            eos_token_id=ends,
             pad_token_id=end if pad is None else pad,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]

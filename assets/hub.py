@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from assets.cf import last_items
 from assets.guard import InputError
+from assets.plumbing.packable import base_of, how_to_read, refusal, refused_in_one_line
 from assets.run import check_name
 
 MODEL_CARD = """---
@@ -44,40 +45,37 @@ class Portable(
 
     @torch.no_grad()
     def check_llm(self):
-        """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them."""
+        """What `body`, `decode` and `head` compute must be what the LLM itself does: some types scale their logits (T5) or cap them.
+        Sets `packs` and `generates`: what this type can beside the definition."""
         self.logit_scale, self.cap = (
             1.0,
             getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None),
         )
         ids = torch.tensor([sum(self.name_ids[:4], [])[:16]], device=self.cf.device)
-        embeddings, takes = (
-            self.llm.get_input_embeddings()(ids),
-            inspect.signature(self.llm.base_model.forward).parameters,
-        )
-        self.cache_name = (
-            "cache" if "cache" in takes else "past_key_values"
-        )  # transformers renamed it in 5.24
+        takes = inspect.signature(base_of(self.llm).forward).parameters
+        # transformers renamed it in 5.24
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
+        with refused_in_one_line(self.llm, self.config["llm"]):
+            self.check_logits(ids, self.llm.get_input_embeddings()(ids))
+            self.packs, self.generates = how_to_read(
+                self.llm, self.body, self.head, self.config["llm"]
+            )
+
+    def check_logits(self, ids, embeddings):
         if self.seq2seq:
             hidden = self.decode(ids, *self.encode_prompts(embeddings, torch.ones_like(ids)))
             whole = self.llm(input_ids=ids, decoder_input_ids=ids).logits.float()
-        elif "position_ids" not in takes:
-            raise InputError(
-                f"--llm {self.config['llm']}: its type, {self.llm.config.model_type}, takes no position_ids; use another"
-            )
         else:
-            hidden, whole = (
-                self.body(embeddings, None, None),
-                self.llm(input_ids=ids).logits.float(),
-            )
+            hidden = self.body(embeddings, None, None)
+            whole = self.llm(input_ids=ids).logits.float()
         differ = lambda: (whole - self.head(hidden)).norm() > 0.02 * whole.norm()
         if differ():
             self.logit_scale = float(
                 (whole * self.head(hidden)).sum() / self.head(hidden).pow(2).sum()
             )
             if differ():
-                raise InputError(
-                    f"--llm {self.config['llm']}: its logits are not those of its output embeddings; use another"
-                )
+                why = "makes logits that are not those of its output embeddings"
+                raise refusal(self.llm, self.config["llm"], why)
 
     @torch.no_grad()
     def export(self, path, chunk=4096):

@@ -121,6 +121,15 @@ def read_side_by_side(model, token, user, place, sees, position, cache):
     )[user, place]
 
 
+def read_alone(model, prompts, user, path, chunk=64):
+    """The last hidden state (N, hidden) of each living prefix, tokens `path` (N, T) behind its user's prompt, by the definition."""
+    found, T = [], path.shape[1]
+    for users, rows in zip(user.split(chunk), path.split(chunk)):
+        targets = [[*row, 0] for row in rows.tolist()]
+        found.append(model.states([prompts[u] for u in users.tolist()], targets)[T :: T + 1])
+    return torch.cat(found)
+
+
 @torch.no_grad()
 def search(model, prompts, trie, beams=None, taken=None):
     """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others -inf. beams=0: of all, exact;
@@ -131,20 +140,22 @@ def search(model, prompts, trie, beams=None, taken=None):
     mask shows each of them the prompt and its own beginning. So the prompt's keys and values exist once, and nothing is moved."""
     embeddings, sees, position = model.pad(prompts)
     B, device = len(embeddings), embeddings.device
-    beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
-    if model.seq2seq:
-        states, sees = model.encode_prompts(embeddings, sees)
-        path = torch.full((B, 1), model.llm.generation_config.decoder_start_token_id, device=device)
-        hidden = model.decode(path, states, sees)
-    else:
-        hidden = model.body(embeddings, sees, position, cache := DynamicCache())
-        position, sees = position[:, -1:], sees.bool()
-    hidden = hidden[:, -1]  # of N living prefixes, first N = B
     user, node, score = (
         torch.arange(B, device=device),
         torch.zeros(B, dtype=torch.long, device=device),
         torch.zeros(B, device=device),
     )
+    beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
+    if model.seq2seq:
+        states, sees = model.encode_prompts(embeddings, sees)
+        path = torch.full((B, 1), model.llm.generation_config.decoder_start_token_id, device=device)
+        hidden = model.decode(path, states, sees)[:, -1]  # of N living prefixes, first N = B
+    elif not model.packs:
+        path = node[:, None][:, :0]
+        hidden = read_alone(model, prompts, user, path)
+    else:
+        hidden = model.body(embeddings, sees, position, cache := DynamicCache())[:, -1]
+        position, sees = position[:, -1:], sees.bool()
     found = user[:0], node[:0], score[:0]  # finished names: user, item, score
     free = (
         torch.ones(B, trie.num_items, device=device)
@@ -185,8 +196,11 @@ def search(model, prompts, trie, beams=None, taken=None):
         if not len(alive):
             break
         user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
-        if model.seq2seq:  # the simple path: a prefix is a row, read from its start
+        if not model.packs:  # the simple path: a prefix is a row, read from its start
             path = torch.cat([path[parent], trie.token[node][:, None]], 1)
+            if not model.seq2seq:
+                hidden = read_alone(model, prompts, user, path)
+                continue
             hidden = torch.cat(
                 [
                     model.decode(p, states[u], sees[u])[:, -1]

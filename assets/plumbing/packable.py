@@ -41,24 +41,47 @@ def refusal(llm, name, why):
     return InputError(f"--llm {name}: its type, {llm.config.model_type}, {why}; use another")
 
 
-def how_to_read(llm, body, head, packed_attention, name):
-    """Whether a decoder-only LLM reads packed rows, and ranks side by side with a cache, as it reads examples one by one;
-    and whether transformers' generate goes on from embeddings that are padded on the left -> two bools. InputError where
-    one by one is wrong.
+def how_to_read(llm, body, head, name):
+    """Whether an LLM reads packed rows, and ranks side by side with a cache, as it reads examples one by one; and whether
+    transformers' generate goes on from embeddings that are padded on the left -> two bools. InputError where one by one is
+    wrong. Encoder-decoders take no part: theirs is one by one.
 
-    body, head, packed_attention: of ilm.py; name: what --llm says. It costs a reading of 55 tokens, one of 47 and three of
-    24 together, and 110 tokens more for a type that does not pack."""
+    body, head: of an ILM; name: what --llm says. It costs a reading of 55 tokens, one of 47 and three of 24 together, and
+    110 tokens more for a type that does not pack."""
+    if llm.config.is_encoder_decoder:
+        return False, True
     trial = Trial(llm, body, head)
     packed = (
         trial.takes_positions
         and not llm._is_stateful
-        and trial.agrees(trial.packed, packed_attention)
+        and trial.agrees(trial.packed)
         and trial.agrees(trial.side_by_side)
     )
     if not packed and not trial.agrees(trial.with_other_ends):
         raise refusal(llm, name, "sees the words that it shall predict")
     continues = "inputs_embeds" in inspect.signature(llm.prepare_inputs_for_generation).parameters
     return packed, continues and (packed or trial.agrees(trial.padded_on_the_left))
+
+
+def continue_alone(model, prompts, max_new_tokens, ends, streamer=None):
+    """What ILM.generate does, for types that transformers' own cannot: the likeliest token after each prompt, one after the
+    other, everything read anew -> token ids [[token, ...], ...]. streamer: transformers' TextStreamer, of one prompt."""
+    written, living = [[] for _ in prompts], range(len(prompts))
+    if streamer:
+        streamer.put(torch.zeros(1, 0))  # the prompt, which it leaves out
+    while living and max(map(len, written)) < max_new_tokens:
+        targets = [[*written[n], 0] for n in living]
+        last = torch.tensor([len(target) for target in targets]).cumsum(0) - 1
+        hidden = model.states([prompts[n] for n in living], targets)
+        tokens = model.head(hidden[last.to(hidden.device)]).argmax(-1).cpu()
+        for n, token in zip(living, tokens.tolist()):
+            written[n].append(token)
+        if streamer:
+            streamer.put(tokens)
+        living = [n for n in living if written[n][-1] not in ends]
+    if streamer:
+        streamer.end()
+    return written
 
 
 class Trial:
@@ -92,50 +115,48 @@ class Trial:
         logits = self.head(self.body(embeddings, mask, position, cache), self.some).float()
         return logits - logits.mean(-1, keepdim=True)
 
-    def agrees(self, read, *args):
+    def agrees(self, read):
         """Three of four states are as they should be: in a mixture of experts rounding may send some to another expert."""
         try:
-            found, wanted = read(*args)
+            found, wanted = read()
         except ERRORS:
             return False
         return bool(((found - wanted).norm(dim=-1) / self.spread).quantile(0.75) < self.tolerance)
 
-    def packed(self, packed_attention):
-        """A trunk, and the prompts as branches that leave it (train_stage2.pack)."""
+    def packed(self):
+        """A trunk, and the prompts as branches that leave it (train_stage2.pack, ilm.packed_attention)."""
         trunk, filler = self.ids[-1, : max(SHARED)], self.other[0, :1].expand(self.gap)
         parts = [(0, 0, trunk), (-1, 0, filler)]  # branch, its first position, its tokens
         for number, (row, shared) in enumerate(zip(self.ids, SHARED), 1):
             parts.append((number, shared - 1, row[shared - 1 :]))
-        ids = torch.cat([own for *_, own in parts])[None]
-        lengths = torch.tensor([len(own) for *_, own in parts])
-        branch, attach = torch.tensor([p[:2] for p in parts]).repeat_interleave(lengths, 0).T
-        position = torch.cat([torch.arange(len(own)) + first for _, first, own in parts])
-        batch = {"branch": branch[None], "attach": attach[None], "position": position[None]}
-        batch = {key: value.to(ids.device) for key, value in batch.items()}
-        mask = self.added(packed_attention(batch))
-        found = self.predict(ids, mask, batch["position"])[0, (branch > 0).to(ids.device)]
-        return found, torch.cat([row[shared - 1 :] for row, shared in zip(self.alone, SHARED)])
+        ids = torch.cat([own for *_, own in parts])
+        branch = torch.cat([torch.full_like(own, number) for number, _, own in parts])
+        attach = torch.cat([torch.full_like(own, first) for _, first, own in parts])
+        position = attach + torch.cat([torch.arange(len(own)) for *_, own in parts]).to(ids)
+        sees = (branch[:, None] == branch) & torch.ones_like(ids.expand(len(ids), -1)).tril().bool()
+        sees |= (branch == 0) & (position < attach[:, None])
+        found = self.predict(ids[None], self.added(sees[None, None]), position[None])[0]
+        wanted = [row[shared - 1 :] for row, shared in zip(self.alone, SHARED)]
+        return found[branch > 0], torch.cat(wanted)
 
     def side_by_side(self):
-        """Two prompts, padded on the left, into a cache; then two tokens of each, side by side with what is none of theirs
-        (assets/fast/search.py)."""
-        long, short = (self.ids[n, : SHARED[n]] for n in (-1, 2))
-        ids, mask, position = self.padded([long, short])
-        cache = DynamicCache()
+        """Two prompts, padded on the left, into a cache. Then two of their tokens, one after the other, each beside a stranger
+        that goes its own way (assets/fast/search.py)."""
+        ends, own = torch.tensor([[4, max(SHARED)], [2, SHARED[2]]]), torch.eye(2, dtype=torch.bool)
+        ids, mask, position = self.padded([self.ids[n, :end] for n, end in ends.tolist()])
+        cache, sees, found, wanted = DynamicCache(), mask.bool()[:, None], [], []
         self.predict(ids, mask, position, cache)
-        found, seen = [], mask.bool()
-        for step, place in enumerate((0, 1)):  # the column of the prompts' own tokens
+        for step, place in enumerate((0, 1)):
+            row, column = ends[:, 0], ends[:, 1] + step
             ids = self.other[:2, :2].clone()
-            ids[:, place] = torch.stack([self.ids[-1, len(long) + step], self.ids[2, len(short) + step]])
-            own = torch.eye(2, dtype=torch.bool, device=ids.device)
-            # In the second step the prompts' own tokens stand in the other column, and so does what they see of the first
-            before = seen[:, None].expand(2, 2, -1)
-            before = before if step == 0 else torch.cat([before, own.flip(0).expand(2, 2, 2)], 2)
-            sees = torch.cat([before, own.expand(2, 2, 2)], 2)
-            next_position = (position[:, -1:] + 1 + step).expand(2, 2)
-            found.append(self.predict(ids, self.added(sees[:, None]), next_position, cache)[:, place])
-        wanted = [self.alone[n, SHARED[n] + step] for step in (0, 1) for n in (-1, 2)]
-        return torch.cat(found), torch.stack(wanted)
+            ids[:, place] = self.ids[row, column]
+            # The prompts' own tokens change places with the strangers, and so does what they have seen
+            sees = torch.cat([sees.expand(2, 2, -1).flip(1), own.to(ids.device).expand(2, 2, 2)], 2)
+            position = position[:, -1:].expand(2, 2) + 1
+            states = self.predict(ids, self.added(sees[:, None]), position, cache)
+            found.append(states[:, place])
+            wanted.append(self.alone[row, column])
+        return torch.cat(found), torch.cat(wanted)
 
     def padded_on_the_left(self):
         """Prompts of five lengths in one batch."""
@@ -154,7 +175,9 @@ class Trial:
     def padded(rows):
         """Token ids [(L,), ...] -> ids (B, L) padded on the left, mask, positions."""
         ids = torch.nn.utils.rnn.pad_sequence(rows, True, 0, "left")
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], True, 0, "left"
+        )
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
     def added(self, sees):
