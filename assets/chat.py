@@ -10,7 +10,6 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
-from assets.cf import last_items
 from assets.guard import CONTROL, InputError, printable
 from data import HISTORY, load_prompts
 
@@ -130,7 +129,7 @@ class Chat:
             return self.recommend(text, text)
         printer, named = (
             Printer(self.model.tokenizer),
-            self.model.encoder is None,
+            self.model.Q == 0,
         )  # items unnamed, as in the text tasks of training
         before = self.turns[max(0, len(self.turns) - 2 * self.memory) :]
         prompt = self.model.prompt_ids([*before, text], named=named, guests=self.guests)
@@ -161,9 +160,7 @@ class Chat:
         if user is None:  # somebody new, who is what they liked
             dataset = self.model.dataset
             cf = dataset.standard_users(dataset.solver.of_histories([history]))
-            cf = self.model.with_history(
-                cf, last_items(history, [len(history)], self.model.history)
-            )[0]
+            cf = self.model.with_history(cf, [history])[0]
         with torch.no_grad():
             prompt = self.model.prompt_ids(
                 template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests
