@@ -1,46 +1,44 @@
-"""The item-language model: item encoder -> linear adapter -> soft tokens between the words of a frozen
-LLM. Reads, ranks, writes.
+"""The item-language model: CF vectors become soft tokens between the words of a frozen LLM.
 
     python ilm.py --run out/toy/ilm "Describe {item:007}."              # one answer
     python ilm.py --run out/toy/ilm                                     # a conversation
 
     CF vector of an item or a user --(Q-Former or MLP)--> Q states --(adapter)--> Q soft tokens --.
     prompt: "So far: Amber Key <3><3>, Jade Road <8><8>. Next for user <u><u>"                    |
-                                        --(embedding)--> words with soft tokens between them <----'
-                                                      --> frozen LLM --> p(next token)
+                        --(embedding)--> words, and soft tokens between them <--------------------'
+                        --(frozen LLM)--> p(next token)
 
-Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. Simplified against the
-paper: the LLM is whatever checkpoint you name, decoder-only or encoder-decoder (assets/plumbing/llm.py).
-What is only faster, packed rows and the search through names, is in assets/fast/."""
+It reads, ranks and writes. Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is
+CoLLM's. Simplified against the paper: the LLM is whatever checkpoint you name, decoder-only or
+encoder-decoder (assets/plumbing/llm.py). What is only faster, packed rows and the search through
+the names, is in assets/fast/."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from assets.fast.packing import SOFT_BASE, index_targets, pad_prompts, soft_index, target_states
-from assets.fast.search import Trie, search, segment_logsumexp
-from assets.guard import InputError, Parser, a_seed, run_script
-from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, frame
+from assets.fast.packing import SOFT_BASE, index_prompts, index_targets, target_states
+from assets.fast.search import Trie, best_items, search, segment_logsumexp
+from assets.guard import InputError, run_script
+from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, fill, frame
 from assets.plumbing.llm import load_llm
-from assets.run import check_fingerprint, load_weights, pick_device, read_config
+from assets.run import check_fingerprint, load_weights, read_config
 from data import SOFT, item_names, load_dataset, training_moments
 from qformer import QFormer, QFormerConfig
 
 # Of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
 START_TEMPERATURE = 0.4
 PRIORS = ("popularity", "uniform", "none")
-MENTION = re.compile(r"\{(user|history|item)(?::([\d,]+))?\}")
 
 
-# ---- From a CF vector to soft tokens -----------------------------------------------------------------
+# ---- From a CF vector to soft tokens -------------------------------------------------------------
 
 
 class MLPEncoder(nn.Module):
-    """CoLLM's baseline, (N, (1 + W) * E) -> (N, Q, hidden): two layers, which no text ever shaped. What
-    it reads is a vector, and for users those of the last W items behind it."""
+    """CoLLM's baseline, (N, (1 + W) * E) -> (N, Q, hidden): two layers, which no text ever shaped.
+    What it reads is a vector, and for users those of the last W items behind it."""
 
     def __init__(self, cf_dim, num_queries, hidden, history=0):
         super().__init__()
@@ -55,7 +53,8 @@ class MLPEncoder(nn.Module):
 
 
 class Loudness(nn.Module):
-    """Soft tokens (N, Q, hidden), all of them louder or quieter by one number, which stays as set."""
+    """Soft tokens (N, Q, hidden), all of them louder or quieter by one number, which stays as
+    set."""
 
     def __init__(self):
         super().__init__()
@@ -66,15 +65,16 @@ class Loudness(nn.Module):
 
     @torch.no_grad()
     def set_up(self, states, probe, loudness):
-        """From now on the states probe (N, Q, D) come out as loud (root mean square) as `loudness`."""
+        """From now on the states probe (N, Q, D) come out as loud (root mean square) as
+        `loudness`."""
         self.loudness.fill_(1)
         self.loudness.fill_(loudness / self(probe).pow(2).mean().sqrt())
 
 
 class Adapter(Loudness):
-    """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed, then a
-    linear map. DEVIATION: BLIP-2's map is the same for all queries; here each has its own, as each soft
-    token of the MLP has, and none has to share 128 directions."""
+    """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed,
+    then a linear map. DEVIATION: BLIP-2's map is the same for all queries; here each has its own,
+    as each soft token of the MLP has, and none has to share 128 directions."""
 
     def __init__(self, num_queries, width, hidden):
         super().__init__()
@@ -93,13 +93,13 @@ class Adapter(Loudness):
 
     @torch.no_grad()
     def whiten_(self, states):
-        """From now on states (N, D) come out of `whitening` with mean 0 and, where they vary at all,
-        with like variance (ZCA).
+        """From now on states (N, D) come out of `whitening` with mean 0 and, where they vary at
+        all, with like variance (ZCA).
 
-        DEVIATION: half or more of what varies in a Q-Former's states is which query it is, and the rest
-        lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28).
-        Without this the large directions are learnt first and the item last. A variance v becomes
-        v / (v + 1 % of the largest), so that noise stays small."""
+        DEVIATION: half or more of what varies in a Q-Former's states is which query it is, and the
+        rest lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer
+        has 28). Without this the large directions are learnt first and the item last. A variance v
+        becomes v / (v + 1 % of the largest), so that noise stays small."""
         mean = states.mean(0)
         variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
         gain = (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt()
@@ -121,48 +121,28 @@ def make_encoder(config, cf_dim, hidden):
     return encoder
 
 
-# ---- From a template to token ids --------------------------------------------------------------------
+# ---- From a template to token ids ----------------------------------------------------------------
 
 
 class Prompt(list):
-    """Token ids, and the standardised CF vectors [(E,), ...] that they mention beside the catalogue's.
+    """Token ids, and the standardised CF vectors [(E,), ...] that they mention beside the
+    catalogue's.
 
-    A soft token is an id above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an entity.
-    Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items. So a user is
-    nothing that the model knows: their vector travels along."""
+    A soft token is an id above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
+    entity. Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items.
+    So a user is nothing that the model knows: their vector travels along."""
 
     def __init__(self, ids=(), cf=()):
         super().__init__(ids)
         self.cf = list(cf)
 
 
-def fill(turns, history, items):
-    """Templates -> the parts of each: words, and mentions (kind, index) of those who are meant.
-    {history} stands for the items of `history`, {item} for the next of `items`; {user} has index None."""
-    filled, items = [], iter(items)
-    for turn in turns:
-        words, *rest = MENTION.split(turn)
-        parts = [words]
-        for kind, given, words in zip(rest[::3], rest[1::3], rest[2::3]):
-            given = [int(i) for i in given.split(",")] if given else []
-            if kind == "history":
-                for place, item in enumerate(given or history):
-                    parts += [", "] * (place > 0) + [("history", int(item))]
-            elif kind == "item":
-                parts.append(("item", given[0] if given else next(items)))
-            else:
-                parts.append(("user", given[0] if given else None))
-            parts.append(words)
-        filled.append(parts)
-    return filled
-
-
-# ---- The model ---------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 
 class ILM(nn.Module):
-    """Item encoder, adapter, frozen LLM. `cf` (I, E): the standardised vectors of the items. Q is the
-    number of soft tokens of an item or a user: 0 is the text-only baseline."""
+    """Item encoder, adapter, frozen LLM. `cf` (I, E): the standardised vectors of the items. Q is
+    the number of soft tokens of an item or a user: 0 is the text-only baseline."""
 
     def __init__(self, llm, encoder, dataset, config):
         super().__init__()
@@ -202,10 +182,10 @@ class ILM(nn.Module):
 
     @torch.no_grad()
     def set_up(self):
-        """Whitening and loudness of the adapter. Soft tokens start as loud as the LLM's own states half
-        way up its layers, so that the layers pass them on instead of drowning them, and a prompt that
-        ends with them can be answered from them (assets/docs/FINDINGS.md). DEVIATION: the paper names
-        no scale. Both stay as set."""
+        """Whitening and loudness of the adapter. Soft tokens start as loud as the LLM's own states
+        half way up its layers, so that the layers pass them on instead of drowning them, and a
+        prompt that ends with them can be answered from them (assets/docs/FINDINGS.md). DEVIATION:
+        the paper names no scale. Both stay as set."""
         ids = torch.tensor(sum(self.name_ids[:64], [])[: min(256, self.context)])
         loudness = self.llm.loudness(ids.to(self.cf.device))
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0))
@@ -221,16 +201,17 @@ class ILM(nn.Module):
         self.adapter.set_up(encode(torch.cat([some, users])), encode(probe), loudness)
 
     def set_prior(self, prior, temperature):
-        """The prior in the trie: p is divided among a node's children not by the LLM's logits alone,
-        but by
+        """The prior in the trie: p is divided among a node's children not by the LLM's logits
+        alone, but by
 
             logit' = log_count[child] + tau * logit
 
         log_count is the log of 1 + the training purchases of each item below the child, summed
-        ("uniform": of the number of items there); tau says how loudly the frozen LLM is heard, and is
-        learned. So an ILM starts near popularity, and not at a frozen LLM's opinion of titles, which
-        would have to be unlearned first: 7.3 nats in place of 9.8 on ML-100K, where popularity has 7.0.
-        DEVIATION: the paper has no such thing (--prior none --temperature fixed)."""
+        ("uniform": of the number of items there); tau says how loudly the frozen LLM is heard, and
+        is learned. So an ILM starts near popularity, and not at a frozen LLM's opinion of titles,
+        which would have to be unlearned first: 7.3 nats in place of 9.8 on ML-100K, where
+        popularity has 7.0. DEVIATION: the paper has no such thing (--prior none --temperature
+        fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
         log_count = self.names_trie.sums(1 + purchases).log().float()
         if prior == "none":
@@ -241,7 +222,8 @@ class ILM(nn.Module):
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
     def among_children(self, logit, child):
-        """The LLM's logits of children's tokens (M,) -> those by which p is divided among them (M,)."""
+        """The LLM's logits of children's tokens (M,) -> those by which p is divided among them
+        (M,)."""
         return self.log_count[child] + self.tau * logit
 
     def trie(self, renormalize=True):
@@ -255,9 +237,9 @@ class ILM(nn.Module):
     # -- what encoders read
 
     def with_history(self, vectors, histories=None):
-        """Vectors (N, E) of users, and all that they chose before, N sequences of items, oldest first
-        -> what encoders read (N, (1 + W) * E): behind a vector those of the last W items, latest first,
-        zeros where there is none. Items have no history. W is --history."""
+        """Vectors (N, E) of users, and all that they chose before, N sequences of items, oldest
+        first -> what encoders read (N, (1 + W) * E): behind a vector those of the last W items,
+        latest first, zeros where there is none. Items have no history. W is --history."""
         if histories is None:
             return nn.functional.pad(vectors, (0, self.history * self.cf.shape[1]))
         recent = np.full((len(vectors), self.history), self.num_items)
@@ -271,8 +253,8 @@ class ILM(nn.Module):
         return self.with_history(vector, [self.dataset.items_of(user)])[0]
 
     def shuffle_cf(self):
-        """A control: the CF vectors of all items are dealt out anew at random, and every user gets a
-        stranger's (Examples.stranger); the same for every seed."""
+        """A control: the CF vectors of all items are dealt out anew at random, and every user gets
+        a stranger's (Examples.stranger); the same for every seed."""
         order = torch.from_numpy(np.random.default_rng(0).permutation(self.num_items))
         self.cf.copy_(self.cf[order.to(self.cf.device)])
         self.shuffled = True
@@ -283,10 +265,10 @@ class ILM(nn.Module):
         """A template -> a Prompt.
 
         user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and
-        {history:7,8} say themselves whom they mean, by index; {item:I+n} is guests[n], a vector (E,)
-        that has no name. `named=False` leaves the names of {item} out (text tasks). A list of templates
-        is a conversation, user and model in turn. What is too long loses its oldest history items,
-        whole, then its oldest turns."""
+        {history:7,8} say themselves whom they mean, by index; {item:I+n} is guests[n], a vector
+        (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
+        templates is a conversation, user and model in turn. What is too long loses its oldest
+        history items, whole, then its oldest turns."""
         turns, history = as_turns(template, self.tokenizer), list(history)
         room = self.context - self.reserve
         while True:
@@ -297,33 +279,33 @@ class ILM(nn.Module):
             history, turns = history[1:], turns if history else turns[2:]
         if not 0 < len(prompt) <= room:
             raise InputError(
-                f"a prompt of {len(prompt)} tokens and {self.reserve} for the answer do not fit the "
-                f"LLM's context of {self.context}; shorten it, or the names by --name-tokens: "
+                f"a prompt of {len(prompt)} tokens and {self.reserve} for the answer do not fit "
+                f"the LLM's context of {self.context}; shorten it, or the names by --name-tokens: "
                 f"{turns[0][:60]!r}"
             )
         return prompt
 
     def tokenise(self, turns, user, named, cf, guests):
-        """The parts of a conversation's turns -> a Prompt. They are framed as the LLM is used to, as
-        one text, in which each soft token is a reserved one; these are then replaced, counted."""
+        """The parts of a conversation's turns -> a Prompt. They are framed as the LLM is used to,
+        as one text in which reserved tokens keep the places of soft ones, which then replace them,
+        counted."""
         texts, entities, vectors = [], [], list(guests)
         for parts in turns:
             text = ""
-            for part in parts:
-                if isinstance(part, str):
-                    text += part
+            for kind, mentioned in parts:
+                if kind == "words":
+                    text += mentioned
                     continue
-                kind, index = part
                 if kind == "user":
-                    person = user if index is None else index
+                    person = user if mentioned is None else mentioned
+                    vector = cf if mentioned is None else None
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
-                        here = cf is not None and index is None
-                        vectors.append(cf if here else self.user_now(person))
-                    index = self.num_items + len(vectors) - 1
+                        vectors.append(self.user_now(person) if vector is None else vector)
+                    mentioned = self.num_items + len(vectors) - 1
                 else:
-                    text += self.item_words(kind, index, named) + SOFT * self.Q
-                entities.append(index)
+                    text += self.item_words(kind, mentioned, named) + SOFT * self.Q
+                entities.append(mentioned)
             texts.append(text)
         framed, special = frame(texts, self.tokenizer, self.config.get("chat_date", CHAT_DATE))
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
@@ -333,16 +315,15 @@ class ILM(nn.Module):
         return Prompt([next(soft) if i == self.soft_id else i for i in ids], vectors)
 
     def user_words(self, user):
-        """What is said of a user: a number, where there is no soft token."""
+        """What is said of a user: their id, where there is no soft token."""
         return "user " + ("" if self.Q or user is None else str(self.dataset.users[user]))
 
     def item_words(self, kind, item, named):
-        """What is said of an {item} or an item of a {history}: its name, or soft tokens alone."""
-        told = self.config["prompt_items"] != "tokens" or not self.Q
-        name = self.names[item] if told and item < self.num_items else ""
-        if kind == "item":
-            name = (name if named else "") or ("" if self.Q else "this item")
-        return name
+        """What is said of an {item} or of an item of a {history}: its name, or nothing."""
+        told = named or kind == "history"
+        if self.config["prompt_items"] == "tokens" and self.Q or item >= self.num_items or not told:
+            return "this item" if kind == "item" and not self.Q else ""
+        return self.names[item]
 
     def target_ids(self, text):
         """The tokens of what follows a prompt, and the end token."""
@@ -355,8 +336,9 @@ class ILM(nn.Module):
         return self.adapter(self.encoder.encode(cf))
 
     def embed(self, ids, soft=()):
-        """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft tokens
-        from the item encoder. soft: soft_index of the ids; without it there are words alone."""
+        """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft
+        tokens from the item encoder. soft: soft_index of the ids; without it there are words
+        alone."""
         if "soft_place" not in soft:
             return self.llm.embed(ids)
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
@@ -367,9 +349,9 @@ class ILM(nn.Module):
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
 
     def log_p(self, hidden, targets):
-        """The last hidden states (T, hidden) that predict the targets (index_targets) -> log p of each,
-        (T,). p is divided among all tokens, or, where a target is part of a name, among those that the
-        catalogue allows there."""
+        """The last hidden states (T, hidden) that predict the targets (index_targets) -> log p of
+        each, (T,). p is divided among all tokens, or, where a target is part of a name, among those
+        that the catalogue allows there."""
         log_p = hidden.new_zeros(len(hidden), dtype=torch.float32)
         if len(targets["words"]):
             logits = self.llm.head(hidden.index_select(0, targets["words"]))  # (words, V)
@@ -388,7 +370,7 @@ class ILM(nn.Module):
     def forward(self, batch):
         """An indexed batch of packed rows (assets/fast/packing.py) -> the sum of -log p over target
         tokens, and -log p of each of them (T,), in row order."""
-        batch = {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
+        batch = self.here(batch)
         embeddings = self.embed(batch["ids"], batch)  # (B, L, hidden)
         hidden = target_states(self.llm, embeddings, batch)  # (T, hidden)
         nll = -self.log_p(hidden, batch)
@@ -397,18 +379,21 @@ class ILM(nn.Module):
 
     # -- inference
 
+    def here(self, batch):
+        """Tensors of a batch on the model's device."""
+        return {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
+
     def embed_prompts(self, prompts):
-        """Prompts -> embeddings (B, L, hidden), mask (B, L), 1 at tokens, padded where the LLM wants."""
-        ids, mask, cf = pad_prompts(prompts, self.llm.side, self.num_items, self.Q)
-        soft = soft_index(ids, cf, self.num_items, self.Q)
-        soft = {key: value.to(self.cf.device) for key, value in soft.items()}
-        return self.embed(ids.to(self.cf.device), soft), mask.to(self.cf.device)
+        """Prompts -> embeddings (B, L, hidden), mask (B, L), 1 at tokens, padded where the LLM
+        wants."""
+        batch = self.here(index_prompts(prompts, self.llm.side, self.num_items, self.Q))
+        return self.embed(batch["ids"], batch), batch["mask"]
 
     @torch.no_grad()
     def score(self, prompts, items, chunk=64):
         """log p of items' names after each prompt, prompts (B,), items (N,) -> (B, N). This is what
-        ranking *is*: the sum over a name's tokens of log p, p divided among the trie's children at each
-        of them, until the name is decided. rank finds the best of it faster."""
+        ranking *is*: the sum over a name's tokens of log p, p divided among the trie's children at
+        each of them, until the name is decided. rank finds the best of it faster."""
         scores = torch.zeros(len(prompts), len(items))
         for row, prompt in enumerate(prompts):
             kept = self.llm.read(*self.embed_prompts([prompt]))
@@ -416,34 +401,24 @@ class ILM(nn.Module):
                 paths = [self.names_trie.paths[i] for i in items[start : start + chunk]]
                 names, nodes = zip(*paths)
                 hidden = self.llm.states(kept, names)
-                named = [torch.tensor(sum(parts, [])) for parts in (names, nodes)]
-                targets = index_targets(self.names_trie, *named)
-                targets = {key: value.to(hidden.device) for key, value in targets.items()}
+                token, node = (torch.tensor(sum(parts, [])) for parts in (names, nodes))
+                targets = self.here(index_targets(self.names_trie, token, node))
                 log_p = self.log_p(hidden, targets).cpu().split([len(name) for name in names])
                 scores[row, start : start + chunk] = torch.stack([part.sum() for part in log_p])
         return scores
 
     def rank(self, prompts, trie, beams=None, taken=None):
-        """score of the `beams` best items of each prompt, (B, I), the others -inf (assets/fast/search.py)."""
+        """score of the `beams` best items of each prompt, (B, I), the others -inf
+        (assets/fast/search.py)."""
         return search(self, prompts, trie, beams, taken)
 
     def recommend(self, prompts, taken, k=10):
-        """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each
-        prompt the items to leave out."""
-        mask = torch.zeros(len(prompts), self.num_items, dtype=torch.bool)
-        for row, items in zip(mask, taken):
-            row[list(items)] = True
-        beams = None if k <= 20 or self.num_items <= 1000 else k
-        with self.autocast():
-            scores = self.rank(prompts, self.trie(), beams, mask.to(self.cf.device))
-        best = []
-        for row in scores:
-            order = row.argsort(descending=True, stable=True)[:k].tolist()
-            best.append([(i, row[i].item()) for i in order if row[i] > -torch.inf])
-        return best
+        """The k best items after each prompt but those taken, [[(item, log p), ...], ...]."""
+        return best_items(self, prompts, taken, k)
 
     def generate(self, prompts, max_new_tokens=48, **more):
-        """Greedy continuation of each prompt, as text. more: further arguments of transformers' own."""
+        """Greedy continuation of each prompt, as text. more: further arguments of transformers'
+        own."""
         return self.llm.generate(*self.embed_prompts(prompts), max_new_tokens, **more)
 
     # -- what is kept
@@ -459,7 +434,8 @@ class ILM(nn.Module):
         return saved
 
     def save_pretrained(self, folder):
-        """A folder of the Hugging Face hub's format, without LLM and data (assets/extras/hub.py)."""
+        """A folder of the Hugging Face hub's format, without LLM and data
+        (assets/extras/hub.py)."""
         from assets.extras import hub
 
         return hub.save(self, folder)
@@ -477,7 +453,7 @@ class ILM(nn.Module):
         return hub.load(name, data, llm, **more)
 
 
-# ---- Building and loading ----------------------------------------------------------------------------
+# ---- Building and loading ------------------------------------------------------------------------
 
 
 def build_ilm(config, dataset, device):
@@ -489,8 +465,8 @@ def build_ilm(config, dataset, device):
 
 def load_ilm(run, device, data=None, new=None, llm=None):
     """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of
-    interactions.csv (and items.csv) with users and items that came later; they get vectors by fold-in
-    (assets/later.py) and can be ranked and asked about like all others."""
+    interactions.csv (and items.csv) with users and items that came later; they get vectors by
+    fold-in (assets/later.py) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
     config["llm"] = llm or config["llm"]
     dataset = check_fingerprint(config, load_dataset(data or config["data"]), run)
@@ -503,38 +479,10 @@ def load_ilm(run, device, data=None, new=None, llm=None):
     return model.eval()
 
 
-# ---- Talking to it -----------------------------------------------------------------------------------
-
-
 def main():
-    p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
-    p.add_argument(
-        "--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]"
-    )
-    p.add_argument("--data", help="prepared folder [the run's]")
-    p.add_argument(
-        "--new",
-        metavar="FOLDER",
-        help="interactions.csv (and items.csv) of users and items that came after training",
-    )
-    p.add_argument("--device", help="[cuda if there is one, else cpu]")
-    p.add_argument(
-        "--export",
-        metavar="FILE.npy",
-        help="write the soft tokens of all items and users, for use elsewhere",
-    )
-    p.add_argument("--seed", type=a_seed, default=0, help="unused: answers are greedy [0]")
-    args = p.parse_args()
-    model = load_ilm(args.run, pick_device(args.device), args.data, args.new)
-    if args.export:
-        from assets.extras.hub import export
+    from assets.chat import main  # talking to it; its flags are there
 
-        rate = export(model, args.export)
-        return print(f"wrote {args.export}: {rate:,.0f} items and users a second")
-    from assets.chat import Chat
-
-    Chat(model).answer(args.prompt) if args.prompt else Chat(model).converse()
+    main()
 
 
 if __name__ == "__main__":

@@ -66,12 +66,12 @@ from train_stage1 import (
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
 
-# ---- Examples and batches: every batch a function of (seed, step, micro-step) ------------------------
+# ---- Examples and batches: every batch a function of (seed, step, micro-step) --------------------
 
 
 class Examples:
-    """Turns users and text-task instances into (prompt ids, target ids), for training, validation and
-    test alike, and packs them (assets/fast/packing.py)."""
+    """Turns users and text-task instances into (prompt ids, target ids), for training, validation
+    and test alike, and packs them (assets/fast/packing.py)."""
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
@@ -96,7 +96,8 @@ class Examples:
         return self.model.with_history(vectors, [self.dataset.items_of(u, split) for u in users])
 
     def training_users(self, user, places):
-        """What encoders read (n, E') of a user as a training target at each place (n,) meets them."""
+        """What encoders read (n, E') of a user as a training target at each place (n,) meets
+        them."""
         if self.model.shuffled:
             other = self.users[self.stranger[user] % len(self.users)]
             count = len(self.dataset.items_of(other, "train"))
@@ -108,8 +109,8 @@ class Examples:
     # -- examples
 
     def name(self, item):
-        """The target of an item's name: its tokens, and the nodes of the trie they are chosen at, or,
-        with --full-vocabulary, all its tokens alone."""
+        """The target of an item's name: its tokens, and the nodes of the trie they are chosen at,
+        or, with --full-vocabulary, all its tokens alone."""
         if self.model.config.get("full_vocabulary"):
             return (self.model.name_ids[item],)
         return self.model.names_trie.paths[item]
@@ -119,7 +120,8 @@ class Examples:
         return self.model.prompt_ids(template, user=user, history=history, cf=cf)
 
     def ranking_prompts(self, task, users, split, prompts):
-        """What evaluation asks of users (B,): the template is the user's number modulo their count."""
+        """What evaluation asks of users (B,): the template is the user's number modulo their
+        count."""
         templates, asked = self.templates[task, prompts], []
         for user, cf in zip(users, self.users_at(users, split)):
             template = templates[int(user) % len(templates)]
@@ -133,8 +135,8 @@ class Examples:
 
     def prefixes(self, user, window, cf, template):
         """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E'). Soft
-        tokens split a text, so that what stands before an item has the same tokens whatever follows:
-        all are cut from the longest one, tokenised once."""
+        tokens split a text, so that what stands before an item has the same tokens whatever
+        follows: all are cut from the longest one, tokenised once."""
         longest, Q = self.ranking("sequential", user, window[:-1], template, cf[-1]), self.model.Q
         first_user = SOFT_BASE + self.model.num_items * Q
         ends = [  # of the history's items
@@ -154,8 +156,8 @@ class Examples:
         ]
 
     def sequential_row(self, user, template, rng):
-        """A random window of HISTORY + 1 training items; each but the first is the target of the window
-        before it."""
+        """A random window of HISTORY + 1 training items; each but the first is the target of the
+        window before it."""
         items = self.dataset.items_of(user, "train")
         start = int(rng.integers(max(1, len(items) - HISTORY)))
         window = items[start : start + HISTORY + 1]
@@ -183,9 +185,9 @@ class Examples:
     # -- batches
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four
-        times as many. One template a batch, so that rows have like lengths. Every process draws the
-        same users and makes its own rows of them."""
+        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and
+        four times as many. One template a batch, so that rows have like lengths. Every process
+        draws the same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # a random number is as good as an index
@@ -200,8 +202,8 @@ class Examples:
         return self.collate(rows)
 
     def held_out(self, split, limit, size):
-        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of
-        up to `limit` users."""
+        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item
+        of up to `limit` users."""
         rng, rows = np.random.default_rng(0), {}
         users = self.dataset.eligible()
         users = users[rng.permutation(len(users))[:limit]]

@@ -1,6 +1,6 @@
 """What an ILM gives to the rest of the world: a folder or a repository of the Hugging Face hub
-(huggingface_hub comes with transformers), which names LLM and data but holds neither, and soft tokens
-as an array. ILM.save_pretrained, push_to_hub and from_pretrained call these functions."""
+(huggingface_hub comes with transformers), which names LLM and data but holds neither, and soft
+tokens as an array. ILM.save_pretrained, push_to_hub and from_pretrained call these functions."""
 
 import inspect
 import json
@@ -21,16 +21,14 @@ MODEL_CARD = """---
 ---
 # An Item-Language Model
 
-Item encoder and adapter that let a frozen LLM understand the items and users of a recommender (arXiv 2406.02844), trained on the
-prepared folder `{{ data }}` for the LLM `{{ llm }}` (method {{ method }}, {{ steps }} steps, seed {{ seed }}, learning rate {{ lr }}).
-Neither of the two is in here. The CF vectors of the prepared folder are part of the model: with others it does not work.
+Item encoder and adapter that let a frozen LLM understand the items and users of a recommender
+(arXiv 2406.02844), trained on the prepared folder `{{ data }}` for the LLM `{{ llm }}` (method {{
+method }}, {{ steps }} steps, seed {{ seed }}, learning rate {{ lr }}). Neither of the two is in
+here. The CF vectors of the prepared folder are part of the model: with others it does not work.
 
-```python
-from ilm import ILM
-model = ILM.from_pretrained("this repository or folder", data="prepared folder", llm="the LLM, where its name differs")
-print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=False)]))
-```
-"""
+```python from ilm import ILM model = ILM.from_pretrained("this repository or folder",
+data="prepared folder", llm="the LLM, where its name differs")
+print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=False)])) ``` """
 
 
 class Folder(
@@ -39,8 +37,8 @@ class Folder(
     tags=["recommendation", "item-language-model", "arxiv:2406.02844"],
     model_card_template=MODEL_CARD,
 ):
-    """An ILM in the hub's format: a run directory's config.json, which names the LLM and the prepared
-    folder, and model.safetensors, with a model card."""
+    """An ILM in the hub's format: a run directory's config.json, which names the LLM and the
+    prepared folder, and model.safetensors, with a model card."""
 
     _hub_mixin_config = {}  # else the mixin keeps a copy of all arguments
 
@@ -80,7 +78,8 @@ def load(name, data=None, llm=None, device=None, new=None, **download):
 @torch.no_grad()
 def export(model, path, chunk=4096):
     """Write the soft tokens of all items, then all users as they are now, to a .npy file (I + U, Q,
-    hidden), float32; returns rows a second. No more than `chunk` of them are in memory at a time."""
+    hidden), float32; returns rows a second. No more than `chunk` of them are in memory at a
+    time."""
     if not model.Q:
         raise InputError("a text-only run has no soft tokens to export")
     began, dataset, users = time.time(), model.dataset, np.arange(len(model.dataset.users))

@@ -1,8 +1,10 @@
-"""Packed rows: several examples that share beginnings in one sequence, and what the CPU works out of a
-batch before the device has it. The loss is that of the examples one by one (tests/test_packing.py).
+"""Packed rows: several examples that share beginnings in one sequence, and what the CPU works out
+of a batch before the device has it. The loss is that of the examples one by one
+(tests/test_packing.py).
 
 Ids from SOFT_BASE on are soft tokens: SOFT_BASE + entity * Q + q is the q-th of an entity. Entities
-0 .. I-1 are the items; I + n is the n-th vector that travels along, of a prompt, a row or a batch."""
+0 .. I-1 are the items; I + n is the n-th vector that travels along, of a prompt, a row or a
+batch."""
 
 import numpy as np
 import torch
@@ -10,11 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 SOFT_BASE = 1 << 24  # more than any vocabulary has
 
-# ---- Several examples in one row ---------------------------------------------------------------------
+# ---- Several examples in one row -----------------------------------------------------------------
 
 
 def shifted(ids, count, num_items, Q):
-    """Ids of a prompt whose vectors come after `count` others: entity I + n becomes I + n + count."""
+    """Ids of a prompt whose vectors come after `count` others: entity I + n becomes I + n +
+    count."""
     first = SOFT_BASE + num_items * Q
     return [i + count * Q if i >= first else i for i in ids]
 
@@ -29,11 +32,13 @@ def pack(examples, num_items=0, Q=1):
         branch 3  A B C | . Next for u: D
 
     Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy
-    world). A branch repeats its prompt's last token, since that is the one that predicts the target.
+    world). A branch repeats its prompt's last token, since that is the one that predicts the
+    target.
 
-    num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position (in
-    the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of the
-    trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
+    num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position
+    (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of
+    the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no
+    target)."""
     # The vectors of all prompts, one after the other
     cf, prompts = [], []
     for prompt, *_ in examples:
@@ -87,7 +92,7 @@ def collate(rows, num_items=0, Q=1):
     return {**{key: torch.from_numpy(array) for key, array in arrays.items()}, "cf": cf}
 
 
-# ---- Who may see whom there --------------------------------------------------------------------------
+# ---- Who may see whom there ----------------------------------------------------------------------
 
 
 def packed_attention(batch):
@@ -110,8 +115,8 @@ def packed_attention(batch):
 
 
 def unpacked(batch):
-    """Yield every branch of packed rows as an example of its own, in order: where its prompt stands in
-    the rows, laid end to end (P,), and its target ids (T,)."""
+    """Yield every branch of packed rows as an example of its own, in order: where its prompt stands
+    in the rows, laid end to end (P,), and its target ids (T,)."""
     parts = zip(*(batch[key] for key in ("ids", "position", "branch", "attach", "label")))
     for row, (ids, position, branch, attach, label) in enumerate(parts):
         for number in range(1, int(branch.max()) + 1):
@@ -135,7 +140,7 @@ def target_states(llm, embeddings, batch):
     return llm.states(kept, targets)
 
 
-# ---- What a batch is to the device, worked out on the CPU, so that the device is never asked ---------
+# ---- What a batch is to the device, worked out on the CPU, so that the device is never asked -----
 
 
 def index(batch, trie, num_items, Q):
@@ -168,9 +173,9 @@ def soft_index(ids, cf, num_items, Q):
 
 
 def index_targets(trie, token, node):
-    """What ILM.log_p has to know of target tokens (T,): which of them are words of a text (node -1),
-    and of those that are part of a name all children of their nodes (T,), among which p is divided,
-    and which child is meant."""
+    """What ILM.log_p has to know of target tokens (T,): which of them are words of a text (node
+    -1), and of those that are part of a name all children of their nodes (T,), among which p is
+    divided, and which child is meant."""
     words, named = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
     parent, child = trie.children(node[named])
     hit = (trie.token[child] == token[named][parent]).nonzero()[:, 0]
@@ -178,11 +183,12 @@ def index_targets(trie, token, node):
     return found | {"parent": parent, "child": child, "hit": hit}
 
 
-def pad_prompts(prompts, side, num_items, Q):
-    """Prompts -> ids and mask (B, L), padded on one side, and the vectors of all of them."""
+def index_prompts(prompts, side, num_items, Q):
+    """Prompts -> their ids and mask (B, L), padded on one side, and their soft tokens."""
     rows, cf = [], []
     for prompt in prompts:
         rows.append(torch.tensor(shifted(prompt, len(cf), num_items, Q)))
         cf += getattr(prompt, "cf", [])
+    ids = pad_sequence(rows, True, 0, side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
-    return pad_sequence(rows, True, 0, side), mask, cf
+    return {"ids": ids, "mask": mask} | soft_index(ids, cf, num_items, Q)

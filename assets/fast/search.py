@@ -1,5 +1,5 @@
-"""Ranking, fast: the best of ILM.score over a whole catalogue by a search through the trie of names.
-tests/test_search.py shows that both agree."""
+"""Ranking, fast: the best of ILM.score over a whole catalogue by a search through the trie of
+names. tests/test_search.py shows that both agree."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from assets.guard import InputError
 from assets.plumbing.llm import positions
 
-# ---- The trie of names -------------------------------------------------------------------------------
+# ---- The trie of names ---------------------------------------------------------------------------
 
 
 class Trie:
@@ -21,22 +21,23 @@ class Trie:
                                                  `-c-> item 1
                                           `-d-> item 2
 
-    "d" alone decides for item 2: with renormalize, p is divided among a node's children, an only child
-    is certain, and the tree ends where a name is decided (item[n] >= 0). Otherwise every name keeps all
-    its tokens. Names end with an end token ($), so that none is the prefix of another. paths[i]: the
-    tokens that lead to item i, and the nodes among whose children each is chosen."""
+    "d" alone decides for item 2: with renormalize, p is divided among a node's children, an only
+    child is certain, and the tree ends where a name is decided (item[n] >= 0). Otherwise every name
+    keeps all its tokens. Names end with an end token ($), so that none is the prefix of another.
+    paths[i]: the tokens that lead to item i, and the nodes among whose children each is chosen."""
 
     def __init__(self, names, renormalize=True):
         if len(set(map(tuple, names))) < len(names):
             raise InputError(
-                "two items have names of equal tokens; raise --name-tokens or use --item-names random"
+                "two items have names of equal tokens; raise --name-tokens or use --item-names "
+                "random"
             )
         self.num_items, self.renormalize, self.there = len(names), renormalize, {}
         order = sorted(range(len(names)), key=lambda i: names[i])
         nodes = {"first": [0], "count": [0], "token": [-1], "item": [-1], "span": [(0, len(names))]}
         self.paths = [()] * len(names)
 
-        # Breadth first. The queue grows while it is read: node, its range of the sorted names, its path
+        # Breadth first. The queue grows while it is read: node, its range of the sorted names, path
         queue = [(0, 0, len(order), [])]
         for node, start, end, path in queue:
             depth, item = len(path), order[start]
@@ -56,8 +57,8 @@ class Trie:
                 start = stop
             nodes["count"][node] = len(nodes["token"]) - nodes["first"][node]
 
-        # span: which of the sorted names begin so. vocabulary (W,): the tokens that names consist of;
-        # child n's is vocabulary[column[n]]
+        # span: which of the sorted names begin so. vocabulary (W,): the tokens that names consist
+        # of; child n's is vocabulary[column[n]]
         for key, values in nodes.items():
             setattr(self, key, torch.tensor(values))
         self.order = torch.tensor(order)
@@ -95,7 +96,7 @@ def segment_logsumexp(x, segment, num_segments):
     return top + total.log()
 
 
-# ---- Reading the living prefixes of names ------------------------------------------------------------
+# ---- Reading the living prefixes of names --------------------------------------------------------
 
 
 class SideBySide:
@@ -118,8 +119,8 @@ class SideBySide:
         self.hidden = self.llm.body(embeddings, mask, place, self.cache)[:, -1]
 
     def read(self, token, parent, user, column):
-        """One more token (N,) of each living prefix, which goes on from prefix parent[n] of the last
-        step, into row user[n] and the step's column column[n]."""
+        """One more token (N,) of each living prefix, which goes on from prefix parent[n] of the
+        last step, into row user[n] and the step's column column[n]."""
         B, W = len(self.position), int(column.max()) + 1
         own = column[:, None] == torch.arange(W, device=token.device)
         self.sees = torch.cat([self.sees[parent], own], 1)
@@ -134,7 +135,8 @@ class SideBySide:
 
 
 class OneByOne:
-    """The simple path, for every LLM: a prefix is a row, read from its start, 512 of them at a time."""
+    """The simple path, for every LLM: a prefix is a row, read from its start, 512 of them at a
+    time."""
 
     def __init__(self, model, prompts):
         self.llm, self.kept = model.llm, model.llm.read(*model.embed_prompts(prompts))
@@ -153,7 +155,7 @@ class OneByOne:
         self.hidden = torch.cat([self.after(*part) for part in parts])
 
 
-# ---- The search --------------------------------------------------------------------------------------
+# ---- The search ----------------------------------------------------------------------------------
 
 
 def best_of_each(user, score, n):
@@ -167,8 +169,8 @@ def best_of_each(user, score, n):
 
 
 def continuations(model, trie, hidden, node):
-    """States (N, width) after prefixes that have come to nodes (N,) -> all that may follow: of which
-    prefix (M,), the child (M,), its log p (M,)."""
+    """States (N, width) after prefixes that have come to nodes (N,) -> all that may follow: of
+    which prefix (M,), the child (M,), its log p (M,)."""
     parent, child = trie.children(node)
     allowed, column = trie.token[child].unique(return_inverse=True)
     logit = model.llm.head(hidden, allowed)[parent, column]
@@ -185,8 +187,8 @@ def search(model, prompts, trie, beams=None, taken=None):
     """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others
     -inf. beams=0: of all, exact; None: exact up to 1,000 items, 20 beams above.
 
-    score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's children
-    (trie.renormalize). taken (B, I): items that shall not be found."""
+    score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's
+    children (trie.renormalize). taken (B, I): items that shall not be found."""
     reader = (SideBySide if model.llm.packs else OneByOne)(model, prompts)
     B, device = len(prompts), reader.hidden.device
     beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items
@@ -223,3 +225,19 @@ def search(model, prompts, trie, beams=None, taken=None):
     scores = torch.full((B, trie.num_items), -torch.inf, device=device)
     scores[found[0], found[1]] = found[2]
     return scores
+
+
+def best_items(model, prompts, taken, k):
+    """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each
+    prompt the items to leave out."""
+    mask = torch.zeros(len(prompts), model.num_items, dtype=torch.bool)
+    for row, items in zip(mask, taken):
+        row[list(items)] = True
+    trie, best = model.trie(), []
+    beams = None if k <= 20 or model.num_items <= 1000 else k
+    with model.autocast():
+        scores = model.rank(prompts, trie, beams, mask.to(trie.token.device))
+    for row in scores:
+        score, item = (x[:k].tolist() for x in row.sort(descending=True, stable=True))
+        best.append([pair for pair in zip(item, score) if pair[1] > -torch.inf])
+    return best

@@ -1,14 +1,38 @@
-"""The turns of a conversation as an LLM is used to read them: one text, by its chat template if its
-tokenizer has one."""
+"""Templates and conversations as text: who is mentioned in them, and the turns of a conversation as
+an LLM is used to read them, by its chat template if its tokenizer has one."""
 
 import datetime
 import re
 
-# What a template gets that writes today's date: a run must not change overnight (config.json keeps it)
+# What a template gets that writes today's date: a run must not change overnight. config.json keeps it
 CHAT_DATE = "2024-07-26"
+
+MENTION = re.compile(r"\{(user|history|item)(?::([\d,]+))?\}")
 
 # A prompt that ends with a user
 ASKS_ABOUT_USER = re.compile(r"(.*?)(\{user(?::\d+)?\})\W*", re.DOTALL)
+
+
+def fill(turns, history, items):
+    """Templates -> the parts of each: ("words", text), and who is meant, ("item" or "history",
+    index) or ("user", index). {history} stands for the items of `history`, {item} for the next of
+    `items`; {user} has the index None, {user:7} says it."""
+    filled, items = [], iter(items)
+    for turn in turns:
+        words, *rest = MENTION.split(turn)
+        parts = [("words", words)]
+        for kind, given, words in zip(rest[::3], rest[1::3], rest[2::3]):
+            given = [int(i) for i in given.split(",")] if given else []
+            if kind == "history":
+                for place, item in enumerate(given or history):
+                    parts += [("words", ", ")] * (place > 0) + [("history", int(item))]
+            elif kind == "item":
+                parts.append(("item", given[0] if given else next(items)))
+            else:
+                parts.append(("user", given[0] if given else None))
+            parts.append(("words", words))
+        filled.append(parts)
+    return filled
 
 
 def as_turns(template, tokenizer):
@@ -24,10 +48,10 @@ def as_turns(template, tokenizer):
 
 
 def frame(turns, tokenizer, date=CHAT_DATE):
-    """The turns of a conversation, user and model in turn -> one text, and whether the tokenizer puts
-    its own special tokens around it. By the LLM's chat template, if it has one: the model's next turn
-    is opened, and begun by the last of an even number of turns. date: for templates that ask for
-    today's."""
+    """The turns of a conversation, user and model in turn -> one text, and whether the tokenizer
+    puts its own special tokens around it. By the LLM's chat template, if it has one: the model's
+    next turn is opened, and begun by the last of an even number of turns. date: for templates that
+    ask for today's."""
     if not tokenizer.chat_template:  # answers follow a space, questions a new line
         said = [("\n", " ")[k % 2] + turn for k, turn in enumerate(turns)]
         return "".join(said)[1:], True
@@ -51,8 +75,8 @@ def frame(turns, tokenizer, date=CHAT_DATE):
 
 
 def answer_ids(text, tokenizer):
-    """The tokens of what follows a prompt, and the end token: after a space, unless it is the reply in
-    a chat, or the tokenizer puts one before every text."""
+    """The tokens of what follows a prompt, and the end token: after a space, unless it is the reply
+    in a chat, or the tokenizer puts one before every text."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,5 @@
-"""The frozen LLM, of whatever type: how it is loaded, checked and asked. Two classes, for decoder-only
-and for encoder-decoder LLMs, with the same three methods:
+"""The frozen LLM, of whatever type: how it is loaded, checked and asked. Two classes, for
+decoder-only and for encoder-decoder LLMs, with the same three methods:
 
     read(embeddings, mask)     prompts -> what is kept of them
     states(kept, targets)      the last hidden states that predict each token of targets after them
@@ -60,8 +60,8 @@ class LLM(nn.Module):
         network.requires_grad_(trained)
 
     def train(self, mode=True):
-        """A frozen LLM stays in eval mode, whatever its parent does: its dropout would be noise that
-        nothing can learn from."""
+        """A frozen LLM stays in eval mode, whatever its parent does: its dropout would be noise
+        that nothing can learn from."""
         return super().train(mode and self.trained)
 
     def autocast(self):
@@ -87,7 +87,8 @@ class LLM(nn.Module):
 
     def states(self, kept, targets):
         """The last hidden states that predict each token of targets [(T,), ...] after the prompts
-        that were read, one target after the other: (all T, width). One prompt for all, or as many."""
+        that were read, one target after the other: (all T, width). One prompt for all, or as
+        many."""
         targets = [torch.as_tensor(target, device=kept[0].device) for target in targets]
         kept = [x.expand(len(targets), *x.shape[1:]) for x in kept]
         hidden = self.follow(kept, nn.utils.rnn.pad_sequence(targets, True))
@@ -104,8 +105,8 @@ class LLM(nn.Module):
 
     @torch.no_grad()
     def loudness(self, ids):
-        """How loud input embeddings have to be to enter the first layer as loud as the words ids (T,)
-        are half way up the layers. The median: some tokens of large LLMs are very loud."""
+        """How loud input embeddings have to be to enter the first layer as loud as the words ids
+        (T,) are half way up the layers. The median: some tokens of large LLMs are very loud."""
         embeddings = self.embed(ids[None])
         states = self.reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
         half_way = states[(len(states) - 1) // 2].float().pow(2).mean(-1).sqrt().median()
@@ -170,7 +171,8 @@ class DecoderOnly(LLM):
         ).last_hidden_state
 
     def read(self, embeddings, mask):
-        """Embeddings (B, L, width) and mask (B, L) of prompts, padded on the left, are all there is."""
+        """Embeddings (B, L, width) and mask (B, L) of prompts, padded on the left, are all there
+        is."""
         return embeddings, mask
 
     def follow(self, kept, ids):
@@ -182,7 +184,8 @@ class DecoderOnly(LLM):
 
 
 class EncoderDecoder(LLM):
-    """The encoder reads the prompt, the decoder writes. Its rows are not packed: slower, and right."""
+    """The encoder reads the prompt, the decoder writes. Its rows are not packed: slower, and
+    right."""
 
     side = "right"
     packs = False
@@ -208,7 +211,8 @@ class EncoderDecoder(LLM):
         return encoded.last_hidden_state, mask
 
     def decode(self, kept, ids):
-        """Decoder inputs (N, T) after prompts that were read -> last hidden states (N, T, width)."""
+        """Decoder inputs (N, T) after prompts that were read -> last hidden states (N, T,
+        width)."""
         states, mask = kept
         return self.network.get_decoder()(
             input_ids=ids,
@@ -218,7 +222,8 @@ class EncoderDecoder(LLM):
         ).last_hidden_state
 
     def follow(self, kept, ids):
-        """States (N, T, width) that predict ids (N, T): the decoder reads a start token, then they."""
+        """States (N, T, width) that predict ids (N, T): the decoder reads a start token, then
+        they."""
         start = self.network.generation_config.decoder_start_token_id
         return self.decode(kept, torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1))
 
