@@ -284,7 +284,7 @@ def evaluate_text(model, examples, args, device):
         },
     }
     name = f"the {'trained' if model.config.get('train_llm') else 'frozen'} LLM's own states"
-    encoder = model.llm.get_encoder() if model.seq2seq else model.llm.base_model, model.tokenizer
+    encoder = model.llm.reader, model.tokenizer
     if args.sc_encoder:
         name = Path(args.sc_encoder).name
         encoder = [
@@ -299,17 +299,21 @@ def evaluate_text(model, examples, args, device):
     }
 
 
+@torch.no_grad()
 def controls(model, measure):
     """{name: measure()} when the CF vectors belong to others, when soft tokens are zero, when there are none: is the signal used?"""
-    cf, shuffled, encoder, out = model.cf.clone(), model.shuffled, model.encoder, {}
+    cf, shuffled, Q, out = model.cf.clone(), model.shuffled, model.Q, {}
+    loudness = model.adapter.loudness.clone()
     model.shuffle_cf()
     out["shuffled_cf"] = measure()
     model.cf.copy_(cf)
-    model.shuffled, model.zero_soft = shuffled, True
+    model.shuffled = shuffled
+    model.adapter.loudness.fill_(0)
     out["zero_soft_tokens"] = measure()
-    model.zero_soft, model.encoder = False, None
+    model.adapter.loudness.copy_(loudness)
+    model.Q = 0
     out["text_only"] = measure()
-    model.encoder = encoder
+    model.Q = Q
     return out
 
 
@@ -404,7 +408,7 @@ def evaluate_run(run, args, device):
             out["references"] = references(
                 dataset, users, args.split, args.keep_history, args.sasrec, device
             )
-        if args.controls and model.encoder is not None:
+        if args.controls and model.Q:
             if "sequential" in out["rec"]:
                 out["controls"] = controls(model, lambda: rank("sequential", "seen"))
             if "text" in out:

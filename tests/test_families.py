@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
-from ilm import SOFT_BASE, frame, load_ilm
+from assets.plumbing.frames import frame
+from assets.plumbing.llm import EncoderDecoder
+from ilm import SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import Examples
 
@@ -121,7 +123,7 @@ def make(make_ilm, checkpoint):
 def own_log_p(model, prompt, targets):
     """log-probabilities (N, T, V) along targets of equal length after one prompt, straight from the LLM: no packing, padding or cache.
     A prompt without soft tokens goes in as ids, not as embeddings: the LLM embeds it by itself."""
-    targets, seq2seq = torch.tensor(targets), model.llm.config.is_encoder_decoder
+    targets, seq2seq = torch.tensor(targets), model.llm.network.config.is_encoder_decoder
     ids = torch.tensor([prompt]).expand(len(targets), -1)
     if not seq2seq:
         ids = torch.cat([ids, targets[:, :-1]], 1)
@@ -131,9 +133,9 @@ def own_log_p(model, prompt, targets):
         if not seq2seq:
             inputs["inputs_embeds"] = inputs["inputs_embeds"][:, :-1]
     if seq2seq:
-        start = torch.full_like(targets[:, :1], model.llm.config.decoder_start_token_id)
-        return model.llm(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
-    return model.llm(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
+        start = torch.full_like(targets[:, :1], model.llm.network.config.decoder_start_token_id)
+        return model.llm.network(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
+    return model.llm.network(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -158,6 +160,10 @@ def prompts_of(model):
     """Three prompts of unequal length, the last of words alone."""
     return [model.prompt_ids(SEQUENTIAL, user=u, history=model.dataset.items_of(u, "test")[-4 + 2 * u:]) for u in (0, 1)] + [
         model.prompt_ids("Name any title:")]
+
+
+def seq2seq(model):
+    return isinstance(model.llm, EncoderDecoder)
 
 
 def scores_of(model, prompts=None):
@@ -210,8 +216,7 @@ def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(trained, capsy
 @torch.no_grad()
 def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(shared):
     model = shared
-    reader = model.llm.get_encoder() if model.seq2seq else model.llm.base_model
-    states = lambda embeddings: reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+    states = lambda embeddings: model.llm.reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
     loudness = lambda state: state.pow(2).mean(-1).sqrt().median()
     words = loudness(states(model.embed(torch.tensor([sum(model.name_ids[:64], [])[:256]])))[1])
     assert 0.75 < loudness(states(model.soft_tokens(model.with_history(model.cf)).flatten(0, 1)[None])[0]) / words < 1.33
@@ -233,7 +238,7 @@ def test_it_writes_what_the_llm_finds_likeliest(shared, monkeypatch):
         while len(out) < 5 and model.tokenizer.eos_token_id not in out:
             out.append(own_log_p(model, prompt, [[*out, 0]])[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
-    monkeypatch.setattr(model.llm.generation_config, "eos_token_id", [3, out[0]])  # a chat model may know several ends
+    monkeypatch.setattr(model.llm.network.generation_config, "eos_token_id", [3, out[0]])  # a chat model may know several ends
     assert model.generate([prompt], max_new_tokens=5) == [model.tokenizer.decode(out[:1], skip_special_tokens=True).strip()]
 
 
@@ -280,7 +285,7 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
         talk = model.tokenizer.decode(model.prompt_ids(["one", "two", "three"]))
         assert [talk.count(part) for part in ("one", "two", "three", "user\n")] == [1, 1, 1, 2]
         assert talk.count("<|im_start|>assistant\n") + talk.count("<start_of_turn>model\n") == 2
-    elif model.seq2seq:
+    elif seq2seq(model):
         assert prompt == tokenize("The next one:", True) and prompt[-1] == eos and model.name_ids[3][:-1] == tokenize(name)
     elif not any("▁" in token[1:] for token in model.tokenizer.get_vocab()):  # TinyStories' pieces span words: there is no cut between
         assert prompt + model.name_ids[3][:-1] == tokenize("The next one: " + name, True)
@@ -291,7 +296,7 @@ def test_nothing_stands_between_a_user_and_the_name_that_is_asked_for(shared):
     """A chat LLM reads the user's soft tokens in the answer that it has begun; the question is what stands before."""
     user = shared.dataset.standard_users(shared.dataset.users_at([1]))[0]
     prompt = shared.prompt_ids("So far: {history}. Next for {user}:", user=1, history=[3, 4], cf=shared.with_history(user[None])[0])
-    if shared.seq2seq:  # the end token, which T5 and its like put behind every text
+    if seq2seq(shared):  # the end token, which T5 and its like put behind every text
         prompt = prompt[:-1]
     if not shared.tokenizer.chat_template:
         return
@@ -320,7 +325,7 @@ def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp
 
 
 def at_precision(monkeypatch, dtype):
-    for module in ("ilm", "assets.run"):
+    for module in ("assets.plumbing.llm", "assets.run"):
         monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
 
 
@@ -329,10 +334,10 @@ def test_half_precision_ranks_nearly_as_full_precision_does(shared, make, monkey
     for dtype in (torch.float16, torch.bfloat16):
         at_precision(monkeypatch, dtype)
         model = make() if dtype == torch.bfloat16 else shared
-        assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa
+        assert model.llm.network.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        assert model.llm.network.config._attn_implementation == "sdpa" or not model.llm.network._supports_sdpa
         with model.autocast():
-            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not model.seq2seq)  # fp16 is nothing for T5
+            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not seq2seq(model))  # fp16 is nothing for T5
             scores = scores_of(model)
         close(scores.exp().sum(1), torch.ones(3), atol=1e-3)
         assert torch.corrcoef(torch.stack([scores.flatten(), wanted.flatten()]))[0, 1] > 0.98
@@ -343,7 +348,7 @@ def test_half_precision_ranks_nearly_as_full_precision_does(shared, make, monkey
     (torch.bfloat16, True, torch.float32)])  # a step of AdamW is less than bf16 can tell apart
 def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make_ilm, monkeypatch, dtype, train_llm, wanted):
     at_precision(monkeypatch, dtype)
-    assert make_ilm(train_llm=train_llm).llm.dtype == wanted
+    assert make_ilm(train_llm=train_llm).llm.network.dtype == wanted
 
 
 # ---- What no checkpoint may do -----------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""May an LLM of this type read several examples packed into one row? Tried when it is loaded, on random tokens.
+"""May an LLM of this type read several examples packed into one row? Tried when it is loaded, on
+random tokens.
 
-A packed row hides its examples from each other by a mask, and counts the positions of each anew. A type that keeps a state from
-token to token (Mamba, Qwen3.5's linear attention, short convolutions) carries it from one example into the next all the same;
-a type that counts columns (ALiBi, GPT-Neo's windows) sees wrong distances. Such types are read by the definition: every example
-a row of its own, padded on the right, where no token before can see it."""
+A packed row hides its examples from each other by a mask, and counts the positions of each anew. A
+type that keeps a state from token to token (Mamba, Qwen3.5's linear attention, short convolutions)
+carries it from one example into the next all the same; a type that counts columns (ALiBi, GPT-Neo's
+windows) sees wrong distances. Such types are read by the definition: every example a row of its
+own, padded on the right, where no token before can see it."""
 
 import inspect
 from contextlib import contextmanager
@@ -15,7 +17,6 @@ from assets.guard import InputError
 
 LENGTH = 11  # tokens of each of the five prompts
 SHARED = (2, 4, 5, 7, 8)  # how many of them it shares with the last of the five
-UNSEEN = -3e4  # what a mask adds where a token may not look
 # What code that was written for another purpose may raise
 ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -42,14 +43,13 @@ def refusal(llm, name, why):
 
 
 def how_to_read(llm, body, head, name):
-    """Whether an LLM reads packed rows, and ranks side by side with a cache, as it reads examples one by one; and whether
-    transformers' generate goes on from embeddings that are padded on the left -> two bools. InputError where one by one is
-    wrong. Encoder-decoders take no part: theirs is one by one.
+    """Whether a decoder-only LLM reads packed rows, and ranks side by side with a cache, as it reads
+    examples one by one; and whether transformers' generate goes on from embeddings that are padded
+    on the left -> two bools. InputError where one by one is wrong.
 
-    body, head: of an ILM; name: what --llm says. It costs a reading of 55 tokens, one of 47 and three of 24 together, and
-    110 tokens more for a type that does not pack."""
-    if llm.config.is_encoder_decoder:
-        return False, True
+    body, head: of an LLM (assets/plumbing/llm.py); name: what --llm says. It costs a reading of 55
+    tokens, one of 47 and three of 24 together, and 110 tokens more for a type that does not
+    pack."""
     trial = Trial(llm, body, head)
     packed = (
         trial.takes_positions
@@ -63,30 +63,30 @@ def how_to_read(llm, body, head, name):
     return packed, continues and (packed or trial.agrees(trial.padded_on_the_left))
 
 
-def continue_alone(model, prompts, max_new_tokens, ends, streamer=None):
-    """What ILM.generate does, for types that transformers' own cannot: the likeliest token after each prompt, one after the
-    other, everything read anew -> token ids [[token, ...], ...]. streamer: transformers' TextStreamer, of one prompt."""
-    written, living = [[] for _ in prompts], range(len(prompts))
+def continue_alone(llm, embeddings, mask, max_new_tokens, ends, streamer=None):
+    """What transformers' generate does, for types where it cannot: the likeliest token after each
+    prompt, one after the other, everything read anew -> token ids (B, T). ends: ids that end a
+    text; streamer: transformers' TextStreamer, of one prompt."""
+    kept, written = llm.read(embeddings, mask), mask.new_zeros(len(mask), 0, dtype=torch.long)
+    ended = mask.new_zeros(len(mask), dtype=torch.bool)
     if streamer:
-        streamer.put(torch.zeros(1, 0))  # the prompt, which it leaves out
-    while living and max(map(len, written)) < max_new_tokens:
-        targets = [[*written[n], 0] for n in living]
-        last = torch.tensor([len(target) for target in targets]).cumsum(0) - 1
-        hidden = model.states([prompts[n] for n in living], targets)
-        tokens = model.head(hidden[last.to(hidden.device)]).argmax(-1).cpu()
-        for n, token in zip(living, tokens.tolist()):
-            written[n].append(token)
+        streamer.put(written)  # the prompt, which it leaves out
+    while written.shape[1] < max_new_tokens and not ended.all():
+        hidden = llm.follow(kept, torch.nn.functional.pad(written, (0, 1)))[:, -1]
+        tokens = llm.head(hidden).argmax(-1).masked_fill(ended, ends[0])
+        written = torch.cat([written, tokens[:, None]], 1)
+        ended |= torch.isin(tokens, torch.tensor(ends, device=tokens.device))
         if streamer:
-            streamer.put(tokens)
-        living = [n for n in living if written[n][-1] not in ends]
+            streamer.put(tokens.cpu())
     if streamer:
         streamer.end()
     return written
 
 
 class Trial:
-    """Five prompts that begin alike, ids (5, LENGTH), and what the LLM predicts along each by itself, alone (5, LENGTH, 500).
-    Four methods read the same in another way -> what it predicts of some states (N, 500), and what it should."""
+    """Five prompts that begin alike, ids (5, LENGTH), and what the LLM predicts along each of them
+    by itself, alone (5, LENGTH, 500). Four methods read the same in another way -> what it predicts
+    in N places (N, 500), and what it should."""
 
     def __init__(self, llm, body, head):
         self.table, self.body, self.head = llm.get_input_embeddings(), body, head
@@ -108,7 +108,8 @@ class Trial:
         self.tolerance = 1e-3 if self.table.weight.dtype == torch.float32 else 0.25
 
     def predict(self, ids, mask=None, position=None, cache=None):
-        """Logits (B, L, 500), less their mean, after ids (B, L). The second token of all prompts is no word, as soft tokens are."""
+        """Logits (B, L, 500), less their mean, after ids (B, L). The second token of all prompts is
+        no word, as soft tokens are none."""
         soft = self.ids[-1, 1]
         no_word = (self.table(soft) + self.table(self.other[0, 0])) / 2
         embeddings = torch.where((ids == soft)[..., None], no_word, self.table(ids))
@@ -116,7 +117,8 @@ class Trial:
         return logits - logits.mean(-1, keepdim=True)
 
     def agrees(self, read):
-        """Three of four states are as they should be: in a mixture of experts rounding may send some to another expert."""
+        """Three of four predictions are as they should be: in a mixture of experts rounding may send
+        some tokens to another expert."""
         try:
             found, wanted = read()
         except ERRORS:
@@ -124,7 +126,7 @@ class Trial:
         return bool(((found - wanted).norm(dim=-1) / self.spread).quantile(0.75) < self.tolerance)
 
     def packed(self):
-        """A trunk, and the prompts as branches that leave it (train_stage2.pack, ilm.packed_attention)."""
+        """A trunk, and the prompts as branches that leave it (assets/fast/packing.py)."""
         trunk, filler = self.ids[-1, : max(SHARED)], self.other[0, :1].expand(self.gap)
         parts = [(0, 0, trunk), (-1, 0, filler)]  # branch, its first position, its tokens
         for number, (row, shared) in enumerate(zip(self.ids, SHARED), 1):
@@ -135,13 +137,13 @@ class Trial:
         position = attach + torch.cat([torch.arange(len(own)) for *_, own in parts]).to(ids)
         sees = (branch[:, None] == branch) & torch.ones_like(ids.expand(len(ids), -1)).tril().bool()
         sees |= (branch == 0) & (position < attach[:, None])
-        found = self.predict(ids[None], self.added(sees[None, None]), position[None])[0]
+        found = self.predict(ids[None], sees[None, None], position[None])[0]
         wanted = [row[shared - 1 :] for row, shared in zip(self.alone, SHARED)]
         return found[branch > 0], torch.cat(wanted)
 
     def side_by_side(self):
-        """Two prompts, padded on the left, into a cache. Then two of their tokens, one after the other, each beside a stranger
-        that goes its own way (assets/fast/search.py)."""
+        """Two prompts, padded on the left, into a cache. Then two of their tokens, one after the
+        other, each beside a stranger that goes its own way (assets/fast/search.py)."""
         ends, own = torch.tensor([[4, max(SHARED)], [2, SHARED[2]]]), torch.eye(2, dtype=torch.bool)
         ids, mask, position = self.padded([self.ids[n, :end] for n, end in ends.tolist()])
         cache, sees, found, wanted = DynamicCache(), mask.bool()[:, None], [], []
@@ -153,7 +155,7 @@ class Trial:
             # The prompts' own tokens change places with the strangers, and so does what they have seen
             sees = torch.cat([sees.expand(2, 2, -1).flip(1), own.to(ids.device).expand(2, 2, 2)], 2)
             position = position[:, -1:].expand(2, 2) + 1
-            states = self.predict(ids, self.added(sees[:, None]), position, cache)
+            states = self.predict(ids, sees[:, None], position, cache)
             found.append(states[:, place])
             wanted.append(self.alone[row, column])
         return torch.cat(found), torch.cat(wanted)
@@ -179,8 +181,3 @@ class Trial:
             [torch.ones_like(row) for row in rows], True, 0, "left"
         )
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
-
-    def added(self, sees):
-        """True = "may look" -> what is added to attention's logits."""
-        mask = torch.zeros(sees.shape, dtype=self.table.weight.dtype, device=sees.device)
-        return mask.masked_fill(~sees, UNSEEN)
