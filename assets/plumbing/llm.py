@@ -267,7 +267,9 @@ def load_llm(name, trained, device):
     )
     tokenizer = from_pretrained(AutoTokenizer, name, "--llm")
     rows = network.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or len(tokenizer) > rows:
+    # Gemma 3's tokenizer has one for images, which no row stands for, and which no text uses
+    extra = len(tokenizer) == rows + 1 and rows in tokenizer.get_added_vocab().values()
+    if tokenizer.eos_token_id is None or len(tokenizer) > rows + extra:
         raise InputError(
             f"--llm {name}: its tokenizer has no end token (eos_token in tokenizer_config.json) or "
             "is another LLM's"

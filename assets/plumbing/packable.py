@@ -43,13 +43,12 @@ def refusal(llm, name, why):
 
 
 def how_to_read(llm, body, head, name):
-    """Whether a decoder-only LLM reads packed rows, and ranks side by side with a cache, as it reads
-    examples one by one; and whether transformers' generate goes on from embeddings that are padded
-    on the left -> two bools. InputError where one by one is wrong.
+    """Whether a decoder-only LLM reads packed rows, and ranks side by side with a cache, as it
+    reads examples one by one; and whether transformers' generate goes on from embeddings as one by
+    one does -> two bools. InputError where one by one is wrong.
 
     body, head: of an LLM (assets/plumbing/llm.py); name: what --llm says. It costs a reading of 55
-    tokens, one of 47 and three of 24 together, and 110 tokens more for a type that does not
-    pack."""
+    tokens, one of 47 and three of 24 together; of 180 more for a type that does not pack."""
     trial = Trial(llm, body, head)
     packed = (
         trial.takes_positions
@@ -59,8 +58,8 @@ def how_to_read(llm, body, head, name):
     )
     if not packed and not trial.agrees(trial.with_other_ends):
         raise refusal(llm, name, "sees the words that it shall predict")
-    continues = "inputs_embeds" in inspect.signature(llm.prepare_inputs_for_generation).parameters
-    return packed, continues and (packed or trial.agrees(trial.padded_on_the_left))
+    forwards = inspect.signature(llm.prepare_inputs_for_generation).parameters
+    return packed, "inputs_embeds" in forwards and (packed or trial.agrees(trial.written))
 
 
 def continue_alone(llm, embeddings, mask, max_new_tokens, ends, streamer=None):
@@ -89,11 +88,12 @@ class Trial:
     in N places (N, 500), and what it should."""
 
     def __init__(self, llm, body, head):
-        self.table, self.body, self.head = llm.get_input_embeddings(), body, head
+        self.llm, self.table = llm, llm.get_input_embeddings()
+        self.body, self.head = body, head
         takes = inspect.signature(base_of(llm).forward).parameters
         self.takes_positions = "position_ids" in takes
         # GPT-Neo's layers look back so many columns: its branches have to stand further off
-        self.gap = getattr(llm.config, "window_size", 0)
+        self.gap = getattr(llm.config, "window_size", 0) or 0
         device, random = self.table.weight.device, torch.Generator().manual_seed(0)
 
         def draw(*shape):
@@ -107,18 +107,24 @@ class Trial:
         # A leak is as large as the spread. Half precision rounds
         self.tolerance = 1e-3 if self.table.weight.dtype == torch.float32 else 0.25
 
-    def predict(self, ids, mask=None, position=None, cache=None):
-        """Logits (B, L, 500), less their mean, after ids (B, L). The second token of all prompts is
-        no word, as soft tokens are none."""
+    def embed(self, ids):
+        """Ids (B, L) -> embeddings. The second token of all prompts is no word, as soft tokens are
+        none."""
         soft = self.ids[-1, 1]
         no_word = (self.table(soft) + self.table(self.other[0, 0])) / 2
-        embeddings = torch.where((ids == soft)[..., None], no_word, self.table(ids))
-        logits = self.head(self.body(embeddings, mask, position, cache), self.some).float()
-        return logits - logits.mean(-1, keepdim=True)
+        return torch.where((ids == soft)[..., None], no_word, self.table(ids))
+
+    def predict(self, ids, mask=None, position=None, cache=None):
+        """... -> logits (B, L, 500), less their mean."""
+        return self.centred(self.head(self.body(self.embed(ids), mask, position, cache), self.some))
+
+    @staticmethod
+    def centred(logits):
+        return logits.float() - logits.float().mean(-1, keepdim=True)
 
     def agrees(self, read):
-        """Three of four predictions are as they should be: in a mixture of experts rounding may send
-        some tokens to another expert."""
+        """Three of four predictions are as they should be: in a mixture of experts rounding may
+        send some tokens to another expert."""
         try:
             found, wanted = read()
         except ERRORS:
@@ -152,7 +158,7 @@ class Trial:
             row, column = ends[:, 0], ends[:, 1] + step
             ids = self.other[:2, :2].clone()
             ids[:, place] = self.ids[row, column]
-            # The prompts' own tokens change places with the strangers, and so does what they have seen
+            # In the second step own tokens and strangers change places, and so does what they see
             sees = torch.cat([sees.expand(2, 2, -1).flip(1), own.to(ids.device).expand(2, 2, 2)], 2)
             position = position[:, -1:].expand(2, 2) + 1
             states = self.predict(ids, sees[:, None], position, cache)
@@ -160,12 +166,22 @@ class Trial:
             wanted.append(self.alone[row, column])
         return torch.cat(found), torch.cat(wanted)
 
-    def padded_on_the_left(self):
-        """Prompts of five lengths in one batch."""
+    def written(self):
+        """What transformers' generate writes after prompts of five lengths, with a cache."""
         rows = [row[: LENGTH - n] for n, row in enumerate(self.ids)]
-        ids, mask, position = self.padded(rows)
-        found = self.predict(ids, mask, position if self.takes_positions else None)
-        return found[mask.bool()], torch.cat([a[: len(row)] for a, row in zip(self.alone, rows)])
+        ids, mask, _ = self.padded(rows)
+        settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+        out = self.llm.generate(
+            inputs_embeds=self.embed(ids),
+            attention_mask=mask,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **settings,
+        )
+        whole = [torch.cat([row, new[:2]]) for row, new in zip(rows, out.sequences)]
+        wanted = self.predict(torch.nn.utils.rnn.pad_sequence(whole, True))
+        wanted = [logits[len(row) - 1 : len(row) + 2] for logits, row in zip(wanted, rows)]
+        return self.centred(torch.stack(out.logits, 1)[..., self.some]), torch.stack(wanted)
 
     def with_other_ends(self):
         """What comes later changes nothing."""
