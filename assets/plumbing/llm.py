@@ -81,6 +81,7 @@ class LLM(nn.Module):
         what this type can beside the definition: packs, generates."""
         with refused_in_one_line(self.network, self.name):
             self.check_logits(ids)
+            self.loudness(ids[0])  # some types keep nothing of the kind between their layers
             if self.packs:
                 network, name = self.network, self.name
                 self.packs, self.generates = how_to_read(network, self.body, self.head, name)

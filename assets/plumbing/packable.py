@@ -48,7 +48,8 @@ def how_to_read(llm, body, head, name):
     one does -> two bools. InputError where one by one is wrong.
 
     body, head: of an LLM (assets/plumbing/llm.py); name: what --llm says. It costs a reading of 55
-    tokens, one of 47 and three of 24 together; of 180 more for a type that does not pack."""
+    tokens, one of 47 and three of 24 together (20 ms for the toy LLM); of 180 tokens more for a
+    type that does not pack."""
     trial = Trial(llm, body, head)
     packed = (
         trial.takes_positions
