@@ -65,8 +65,7 @@ class Loudness(nn.Module):
 
     @torch.no_grad()
     def set_up(self, states, probe, loudness):
-        """From now on the states probe (N, Q, D) come out as loud (root mean square) as
-        `loudness`."""
+        """From now on states like probe (N, Q, D) come out with a root mean square of loudness."""
         self.loudness.fill_(1)
         self.loudness.fill_(loudness / self(probe).pow(2).mean().sqrt())
 
@@ -125,8 +124,7 @@ def make_encoder(config, cf_dim, hidden):
 
 
 class Prompt(list):
-    """Token ids, and the standardised CF vectors [(E,), ...] that they mention beside the
-    catalogue's.
+    """Token ids, and the CF vectors [(E,), ...] that they mention beside the catalogue's.
 
     A soft token is an id above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
     entity. Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items.
@@ -149,17 +147,16 @@ class ILM(nn.Module):
         self.llm, self.encoder, self.adapter = llm, encoder, None
         self.tokenizer, self.context = llm.tokenizer, llm.context
         self.config, self.dataset, self.num_items = config, dataset, len(dataset.items)
+        tokenizer = self.tokenizer
         self.Q = 0 if encoder is None else config["num_queries"]
 
         # Names of items, what follows a prompt, and the trie of all of them
-        self.names = item_names(
-            dataset, self.tokenizer, config["item_names"], config["name_tokens"]
-        )
+        self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
         self.name_ids = [self.target_ids(name) for name in self.names]
         self.names_trie = Trie(self.name_ids)
         self.reserve = max(64, *map(len, self.name_ids))  # tokens kept free for an answer
-        self.tokenizer.add_tokens([SOFT], special_tokens=True)
-        self.soft_id = self.tokenizer.convert_tokens_to_ids(SOFT)
+        tokenizer.add_tokens([SOFT], special_tokens=True)
+        self.soft_id = tokenizer.convert_tokens_to_ids(SOFT)
 
         # Vectors; those of histories stay on the CPU, since users' vectors travel with the batch
         self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
@@ -210,8 +207,7 @@ class ILM(nn.Module):
         ("uniform": of the number of items there); tau says how loudly the frozen LLM is heard, and
         is learned. So an ILM starts near popularity, and not at a frozen LLM's opinion of titles,
         which would have to be unlearned first: 7.3 nats in place of 9.8 on ML-100K, where
-        popularity has 7.0. DEVIATION: the paper has no such thing (--prior none --temperature
-        fixed)."""
+        popularity has 7.0. DEVIATION: the paper has none (--prior none --temperature fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
         log_count = self.names_trie.sums(1 + purchases).log().float()
         if prior == "none":
@@ -222,8 +218,7 @@ class ILM(nn.Module):
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
     def among_children(self, logit, child):
-        """The LLM's logits of children's tokens (M,) -> those by which p is divided among them
-        (M,)."""
+        """The LLM's logits of children (M,) -> those by which p is divided among them (M,)."""
         return self.log_count[child] + self.tau * logit
 
     def trie(self, renormalize=True):
@@ -297,8 +292,7 @@ class ILM(nn.Module):
                     text += mentioned
                     continue
                 if kind == "user":
-                    person = user if mentioned is None else mentioned
-                    vector = cf if mentioned is None else None
+                    person, vector = (user, cf) if mentioned is None else (mentioned, None)
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
                         vectors.append(self.user_now(person) if vector is None else vector)
@@ -337,8 +331,7 @@ class ILM(nn.Module):
 
     def embed(self, ids, soft=()):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft
-        tokens from the item encoder. soft: soft_index of the ids; without it there are words
-        alone."""
+        tokens from the item encoder. soft: soft_index of the ids, if there are any."""
         if "soft_place" not in soft:
             return self.llm.embed(ids)
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
@@ -384,8 +377,7 @@ class ILM(nn.Module):
         return {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
 
     def embed_prompts(self, prompts):
-        """Prompts -> embeddings (B, L, hidden), mask (B, L), 1 at tokens, padded where the LLM
-        wants."""
+        """Prompts -> embeddings (B, L, hidden), mask (B, L), 1 at tokens, padded on one side."""
         batch = self.here(index_prompts(prompts, self.llm.side, self.num_items, self.Q))
         return self.embed(batch["ids"], batch), batch["mask"]
 
@@ -408,8 +400,7 @@ class ILM(nn.Module):
         return scores
 
     def rank(self, prompts, trie, beams=None, taken=None):
-        """score of the `beams` best items of each prompt, (B, I), the others -inf
-        (assets/fast/search.py)."""
+        """score of the `beams` best items of each prompt, (B, I); the others have -inf."""
         return search(self, prompts, trie, beams, taken)
 
     def recommend(self, prompts, taken, k=10):
@@ -417,8 +408,7 @@ class ILM(nn.Module):
         return best_items(self, prompts, taken, k)
 
     def generate(self, prompts, max_new_tokens=48, **more):
-        """Greedy continuation of each prompt, as text. more: further arguments of transformers'
-        own."""
+        """Greedy continuation of each prompt, as text. more: arguments of transformers' own."""
         return self.llm.generate(*self.embed_prompts(prompts), max_new_tokens, **more)
 
     # -- what is kept
@@ -433,12 +423,11 @@ class ILM(nn.Module):
                 saved[name] = parameter
         return saved
 
-    def save_pretrained(self, folder):
-        """A folder of the Hugging Face hub's format, without LLM and data
-        (assets/extras/hub.py)."""
+    def save_pretrained(self, folder, **more):
+        """Write a folder in the hub's format, without LLM and data (assets/extras/hub.py)."""
         from assets.extras import hub
 
-        return hub.save(self, folder)
+        return hub.save(self, folder, **more)
 
     def push_to_hub(self, name, **more):
         from assets.extras import hub

@@ -176,6 +176,7 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
         for count in (1_000, 12_000):
             names = random_names(count, vocab, rng)
             trie, allowed, index = ilm.Trie(names), allowed_by(names), {name: i for i, name in enumerate(names)}
+            model.log_count = torch.zeros(len(trie.token))  # no prior
 
             def theirs():
                 embeddings, mask = model.embed_prompts(prompts)
@@ -204,6 +205,7 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
     for count in (1_000, 10_000, 100_000):
         names, began = random_names(count, 32_000, rng), time.perf_counter()
         trie = ilm.Trie(names)
+        model.log_count = torch.zeros(len(trie.token))  # the largest trie is the last
         print(f"  a trie of {count:,} names is built once, in {time.perf_counter() - began:.2f} s")
         ways[f"{count:,} names"] = lambda trie=trie: model.rank(prompts, trie, beams)
     alternate("ranking: the size of the catalogue", ways, args.rounds)
