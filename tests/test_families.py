@@ -400,7 +400,7 @@ def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(ma
 # ---- Types that do not pack, and types that are refused -----------------------------------------------------------------
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_types_are_read_as_the_llm_itself_reads_or_refused_in_one_line(make_ilm, tmp_path, family):
+def test_other_types_are_read_as_the_llm_itself_reads_or_refused_in_one_line(make_ilm, tmp_path, capsys, family):
     """Loss of a packed batch, ranking and writing equal the LLM's own, one by one."""
     path, verdict = write_checkpoint(tmp_path, family), OTHERS[family][0]
     if isinstance(verdict, str):
@@ -410,6 +410,8 @@ def test_other_types_are_read_as_the_llm_itself_reads_or_refused_in_one_line(mak
         return
     model = make_ilm(llm=path)
     assert model.llm.packs == verdict
+    told = [f"--llm {path}: of type {model.llm.network.config.model_type}, which reads one by one: slower"]
+    assert capsys.readouterr().out.splitlines() == told * (verdict is ALONE and family != "t5gemma")
     examples, some, prompts = Examples(model, model.dataset), [3, 77, 5], prompts_of(model)[1:]
     wanted = torch.stack([brute_force(model, prompt)[0] for prompt in prompts])
     assert wanted.std() > 0.05

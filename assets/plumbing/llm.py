@@ -30,7 +30,7 @@ from assets.plumbing.packable import (
     refusal,
     refused_in_one_line,
 )
-from assets.run import autocast, from_pretrained, precision
+from assets.run import autocast, from_pretrained, precision, say
 
 hf_logging.disable_progress_bar()
 
@@ -85,6 +85,9 @@ class LLM(nn.Module):
             if self.packs:
                 network, name = self.network, self.name
                 self.packs, self.generates = how_to_read(network, self.body, self.head, name)
+                if not self.packs:
+                    kind = network.config.model_type
+                    say(f"--llm {name}: of type {kind}, which reads one by one: slower")
 
     def check_logits(self, ids):
         hidden, whole = self.both_ways(ids)
