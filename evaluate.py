@@ -383,9 +383,9 @@ def controls(model):
         if name == "shuffled_cf":
             control.shuffle_cf()  # the vectors of others
         elif name == "zero_soft_tokens":
-            control.soft_scale.fill_(0)  # loudness
+            control.adapter.loudness.fill_(0)
         else:
-            control.encoder = None  # no soft token at all
+            control.Q = 0
         yield name, Examples(control, control.dataset)
 
 
@@ -417,7 +417,7 @@ def evaluate_stage2(run, config, args, device):
         )
 
     # What is left where the signal is not; names alone have none
-    if args.controls and model.encoder is not None:
+    if args.controls and model.Q:
         if "sequential" in out["rec"]:
             out["controls"] = {
                 name: rank(control, "sequential", "seen") for name, control in controls(model)

@@ -335,55 +335,6 @@ class QFormer(nn.Module):
         return 1 / self.temperature.clamp(0.001, 0.5)
 
 
-# ---- The baseline in its place -----------------------------------------------------------------------------------------
-
-
-class MLPEncoder(nn.Module):
-    """CoLLM's baseline: Linear(E, 10 E), ReLU, Linear(10 E, Q * hidden); no text ever shaped it. (N, E) -> (N, Q, hidden)."""
-
-    def __init__(self, cf_dim, num_queries, hidden, history=0):
-        super().__init__()
-        E = cf_dim * (
-            1 + history
-        )  # what it reads: a vector, and for users those of the last items behind it
-        self.net = nn.Sequential(
-            nn.Linear(E, 10 * E), nn.ReLU(), nn.Linear(10 * E, num_queries * hidden)
-        )
-        self.num_queries, self.width, self.history = num_queries, hidden, history
-
-    def encode(self, cf):
-        return self.net(cf).view(len(cf), self.num_queries, -1)
-
-
-class Adapter(nn.Module):
-    """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed, then a linear map. DEVIATION: BLIP-2's
-    map is the same for all queries; here each has its own, as each soft token of the MLP has, and none has to share 128 directions."""
-
-    def __init__(self, num_queries, width, hidden):
-        super().__init__()
-        self.whitening = nn.Linear(width, width).requires_grad_(False)
-        self.maps = nn.ModuleList(nn.Linear(width, hidden) for _ in range(num_queries))
-
-    def forward(self, states):
-        return torch.stack(
-            [to_llm(x) for to_llm, x in zip(self.maps, self.whitening(states).unbind(1))], 1
-        )
-
-    @torch.no_grad()
-    def whiten_(self, states):
-        """From now on states (N, D) come out of `whitening` with mean 0 and, where they vary at all, with like variance (ZCA).
-
-        DEVIATION: half or more of what varies in a Q-Former's states is which query it is, and the rest lies in few directions
-        (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer has 28). Without this the large directions are learnt first and
-        the item last. A variance v becomes v / (v + 1 % of the largest), so that noise stays small."""
-        mean = states.mean(0)
-        variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-        self.whitening.weight.copy_(
-            directions * (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt() @ directions.T
-        )
-        self.whitening.bias.copy_(-self.whitening.weight @ mean)
-
-
 # ---- The five losses: pure functions, tensors in, scalar out ---------------------------------------------------------
 
 

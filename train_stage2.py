@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from assets.cf import last_items
+from assets.fast.packing import SOFT_BASE, collate, index, pack
 from assets.guard import InputError, Parser, reading, within
 from assets.run import (
     RunDirectory,
@@ -49,7 +49,7 @@ from assets.run import (
     sum_over_processes,
 )
 from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
-from ilm import CHAT_DATE, PRIORS, SOFT_BASE, Prompt, build_ilm, shifted
+from ilm import CHAT_DATE, PRIORS, Prompt, build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import (
     LOCAL_ARGS,
@@ -66,85 +66,19 @@ from train_stage1 import (
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
 
 
-# ---- Packing: all prefixes of a history in one sequence --------------------------------------------------------------
-
-
-def pack(examples, num_items=0, Q=1):
-    """Examples (prompt ids, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a branch for each example.
-
-        trunk     A B C              the longest history; a branch leaves it where its own prompt differs
-        branch 1  A | . Next for u: B        sees A and itself
-        branch 2  A B | . Next for u: C      sees A B and itself
-        branch 3  A B C | . Next for u: D
-
-    Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy world). A branch repeats its prompt's
-    last token, since that is the one that predicts the target. The loss is that of the examples one by one (tests/test_ilm.py).
-    num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position (in the
-    branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of the trie, among
-    whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
-    cf, prompts, shared = [], [], []
-    for prompt, *_ in examples:  # the vectors of all prompts, one after the other
-        prompts.append(shifted(prompt, len(cf), num_items, Q))
-        cf += getattr(prompt, "cf", [])
-    longest = max(prompts, key=len)
-    for prompt in prompts:  # how many tokens of the longest each begins with
-        common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
-        shared.append(min(common, len(prompt) - 1))
-    T = max(shared)
-    row = {
-        "cf": cf,
-        "ids": longest[:T],
-        "position": list(range(T)),
-        "branch": [0] * T,
-        "attach": [0] * T,
-        "label": [-100] * T,
-        "node": [-1] * T,
-    }
-    for number, ((_, target, *nodes), prompt, n) in enumerate(zip(examples, prompts, shared), 1):
-        ids = prompt[n:] + target
-        row["ids"] += ids[:-1]
-        row["position"] += range(n, n + len(ids) - 1)
-        row["branch"] += [number] * (len(ids) - 1)
-        row["attach"] += [n] * (len(ids) - 1)
-        row["label"] += [-100] * (len(prompt) - n - 1) + target
-        row["node"] += [-1] * (len(prompt) - n - 1) + (nodes[0] if nodes else [-1] * len(target))
-    return row
-
-
-def collate(rows, num_items=0, Q=1):
-    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1), without labels. "cf" is the list of
-    all rows' vectors."""
-    padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
-    shape = len(rows), max(len(row["ids"]) for row in rows)
-    arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
-    first_user, cf = SOFT_BASE + num_items * Q, []
-    for r, row in enumerate(rows):
-        for key in padding:
-            arrays[key][r, : len(row[key])] = row[key]
-        ids = arrays["ids"][r]
-        ids[ids >= first_user] += (
-            len(cf) * Q
-        )  # the vectors of this row come after those of the rows before
-        cf += row["cf"]
-    return {**{key: torch.from_numpy(array) for key, array in arrays.items()}, "cf": cf}
-
-
-# ---- Examples and batches: every batch a function of (seed, step, micro-step) ----------------------------------------
+# ---- Examples and batches: every batch a function of (seed, step, micro-step) --------------------
 
 
 class Examples:
-    """Turns users and text-task instances into (prompt ids, target ids), for training, validation and test alike."""
+    """Turns users and text-task instances into (prompt ids, target ids), for training, validation
+    and test alike, and packs them (assets/fast/packing.py)."""
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
         self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
-        self.name = (
-            (lambda i: (model.name_ids[i],))
-            if model.config.get("full_vocabulary")
-            else (lambda i: model.names_trie.paths[i])
-        )
         self.tasks = {
-            s: [t for t in dataset.tasks if t["split"] == s] for s in ("train", "valid", "test")
+            split: [task for task in dataset.tasks if task["split"] == split]
+            for split in ("train", "valid", "test")
         }
         self.users = np.array(
             [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
@@ -152,138 +86,143 @@ class Examples:
         # Whose vector a user gets where CF is shuffled
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
-    # -- what stands for a user, with the last items behind it where encoders read them (with_history)
+    # -- what stands for a user, with the last items behind it where encoders read them
 
     def users_at(self, users, split):
-        """Standardised vectors (B, E) when the target of `split` is asked for."""
+        """What encoders read (B, E') of users when the target of `split` is asked for."""
         if self.model.shuffled:
             users = self.stranger[users]
         vectors = self.dataset.standard_users(self.dataset.users_at(users, split))
-        histories = [self.dataset.items_of(u, split) for u in users]
-        recent = [last_items(history, [len(history)], self.model.history) for history in histories]
-        none = np.zeros((0, self.model.history), dtype=int)
-        return self.model.with_history(vectors, np.concatenate([none, *recent]))
+        return self.model.with_history(vectors, [self.dataset.items_of(u, split) for u in users])
 
     def training_users(self, user, places):
-        """Standardised vectors (n, E) of a user as a training target at each place (n,) meets them."""
+        """What encoders read (n, E') of a user as a training target at each place (n,) meets
+        them."""
         if self.model.shuffled:
-            others = self.users[self.stranger[user] % len(self.users)]
-            count = len(self.dataset.items_of(others, "train"))
-            places, user = 1 + (places - 1) % (count - 1), others
+            other = self.users[self.stranger[user] % len(self.users)]
+            count = len(self.dataset.items_of(other, "train"))
+            places, user = 1 + (places - 1) % (count - 1), other
         vectors = self.dataset.standard_users(self.dataset.training_users(user, places))
         history = self.dataset.items_of(user, "train")
-        return self.model.with_history(vectors, last_items(history, places, self.model.history))
+        return self.model.with_history(vectors, [history[:place] for place in places])
 
     # -- examples
+
+    def name(self, item):
+        """The target of an item's name: its tokens, and the nodes of the trie they are chosen at,
+        or, with --full-vocabulary, all its tokens alone."""
+        if self.model.config.get("full_vocabulary"):
+            return (self.model.name_ids[item],)
+        return self.model.names_trie.paths[item]
 
     def ranking(self, task, user, history, template, cf=None):
         history = [int(i) for i in history[-HISTORY:]] if task == "sequential" else ()
         return self.model.prompt_ids(template, user=user, history=history, cf=cf)
 
     def ranking_prompts(self, task, users, split, prompts):
-        """What evaluation asks of users (B,): the template is the user's number modulo their count."""
-        templates, cf = self.templates[task, prompts], self.users_at(users, split)
-        return [
-            self.ranking(
-                task, u, self.dataset.items_of(u, split), templates[int(u) % len(templates)], v
-            )
-            for u, v in zip(users, cf)
-        ]
+        """What evaluation asks of users (B,): the template is the user's number modulo their
+        count."""
+        templates, asked = self.templates[task, prompts], []
+        for user, cf in zip(users, self.users_at(users, split)):
+            template = templates[int(user) % len(templates)]
+            history = self.dataset.items_of(user, split)
+            asked.append(self.ranking(task, user, history, template, cf))
+        return asked
 
     def text(self, instance):
         prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False)
         return prompt, self.model.target_ids(instance["target"])[: self.model.context - len(prompt)]
 
     def prefixes(self, user, window, cf, template):
-        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E). Soft tokens split a text, so that what stands
-        before an item has the same tokens whatever follows: all are cut from the longest one, tokenised once."""
+        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E'). Soft
+        tokens split a text, so that what stands before an item has the same tokens whatever
+        follows: all are cut from the longest one, tokenised once."""
         longest, Q = self.ranking("sequential", user, window[:-1], template, cf[-1]), self.model.Q
-        last = [
-            k + 1
-            for k, i in enumerate(longest)
-            if i >= SOFT_BASE
-            and (i - SOFT_BASE) % Q == Q - 1
-            and (i - SOFT_BASE) // Q < self.model.num_items
+        first_user = SOFT_BASE + self.model.num_items * Q
+        ends = [  # of the history's items
+            place + 1
+            for place, i in enumerate(longest)
+            if SOFT_BASE <= i < first_user and (i - SOFT_BASE) % Q == Q - 1
         ]
-        if len(last) != len(window) - 1:  # no soft tokens, or a history that had to be shortened
+        if len(ends) != len(window) - 1:  # no soft tokens, or a history that had to be shortened
             return [
                 self.ranking("sequential", user, window[:k], template, cf[k - 1])
                 for k in range(1, len(window))
             ]
+        after = longest[ends[-1] :]
         return [
-            Prompt([*longest[:end], *longest[last[-1] :]], [v] * len(longest.cf))
-            for end, v in zip(last, cf)
+            Prompt([*longest[:end], *after], [vector] * len(longest.cf))
+            for end, vector in zip(ends, cf)
         ]
 
     def sequential_row(self, user, template, rng):
-        """A random window of HISTORY + 1 training items; each but the first is the target of the window before it."""
-        s = self.dataset.items_of(user, "train")
-        start = int(rng.integers(max(1, len(s) - HISTORY)))
-        window = s[start : start + HISTORY + 1]
+        """A random window of HISTORY + 1 training items; each but the first is the target of the
+        window before it."""
+        items = self.dataset.items_of(user, "train")
+        start = int(rng.integers(max(1, len(items) - HISTORY)))
+        window = items[start : start + HISTORY + 1]
         cf = self.training_users(user, np.arange(start + 1, start + len(window)))
-        return self.pack(
-            [
-                (p, *self.name(i))
-                for p, i in zip(self.prefixes(user, window, cf, template), window[1:])
-            ]
-        )
+        prompts = self.prefixes(user, window, cf, template)
+        return self.pack([(p, *self.name(item)) for p, item in zip(prompts, window[1:])])
 
     def straightforward_row(self, user, template, rng):
         """Up to HISTORY of the user's training items, each asked for at its own moment."""
-        s = self.dataset.items_of(user, "train")
-        places = 1 + rng.permutation(len(s) - 1)[:HISTORY]
-        prompt = self.ranking(
-            "straightforward", user, (), template, torch.zeros(self.dataset.raw_cf.shape[1])
-        )
-        prompts = [Prompt(prompt, [v] * len(prompt.cf)) for v in self.training_users(user, places)]
-        return self.pack([(p, *self.name(s[place])) for p, place in zip(prompts, places)])
+        items = self.dataset.items_of(user, "train")
+        places = 1 + rng.permutation(len(items) - 1)[:HISTORY]
+        cf = self.training_users(user, places)
+        prompt = self.ranking("straightforward", user, (), template, cf[0])
+        prompts = [Prompt(prompt, [vector] * len(prompt.cf)) for vector in cf]
+        return self.pack([(p, *self.name(items[place])) for p, place in zip(prompts, places)])
 
     def pack(self, examples):
         return pack(examples, self.model.num_items, self.model.Q)
 
     def collate(self, rows):
-        return self.model.index(collate(rows, self.model.num_items, self.model.Q))
+        """Packed rows -> the batch that ILM.forward takes."""
+        num_items, Q = self.model.num_items, self.model.Q
+        return index(collate(rows, num_items, Q), self.model.names_trie, num_items, Q)
+
+    # -- batches
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and four times as many. One template a
-        batch, so that rows have like lengths. Every process draws the same users and makes its own rows of them."""
+        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and
+        four times as many. One template a batch, so that rows have like lengths. Every process
+        draws the same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
-        seeds, rows = rng.integers(2**62, size=size), own_rows(size)
-        if kind == "text":
+        seeds, own = rng.integers(2**62, size=size), own_rows(size)
+        if kind == "text":  # a random number is as good as an index
             pool = self.tasks["train"]
-            return self.collate(
-                [self.pack([self.text(pool[seed % len(pool)])]) for seed in seeds[rows]]
-            )  # a random number, as good as an index
+            instances = [pool[seed % len(pool)] for seed in seeds[own]]
+            return self.collate([self.pack([self.text(instance)]) for instance in instances])
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
-        template = templates[rng.integers(len(templates))]
-        return self.collate(
-            [
-                row(u, template, np.random.default_rng(seed))
-                for u, seed in zip(users[rows], seeds[rows])
-            ]
-        )
+        template, rows = templates[rng.integers(len(templates))], []
+        for user, seed in zip(users[own], seeds[own]):
+            rows.append(row(user, template, np.random.default_rng(seed)))
+        return self.collate(rows)
 
     def held_out(self, split, limit, size):
-        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item of up to `limit` users."""
-        rng, out = np.random.default_rng(0), {}
+        """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item
+        of up to `limit` users."""
+        rng, rows = np.random.default_rng(0), {}
         users = self.dataset.eligible()
         users = users[rng.permutation(len(users))[:limit]]
         for task in RANKING_TASKS:
             prompts = self.ranking_prompts(task, users, split, "seen")
             targets = [self.name(self.dataset.target(u, split)) for u in users]
-            out[task] = [self.pack([(prompt, *target)]) for prompt, target in zip(prompts, targets)]
+            rows[task] = [self.pack([(prompt, *name)]) for prompt, name in zip(prompts, targets)]
         pool = self.tasks[split]
-        out["text"] = [
-            self.pack([self.text(pool[i])]) for i in rng.permutation(len(pool))[: 2 * limit]
-        ]
-        for rows in out.values():
-            rows.sort(key=lambda row: len(row["ids"]))
-        return {
-            kind: [self.collate(rows[k : k + size]) for k in range(0, len(rows), size)]
-            for kind, rows in out.items()
-            if rows
-        }
+        instances = [pool[i] for i in rng.permutation(len(pool))[: 2 * limit]]
+        rows["text"] = [self.pack([self.text(instance)]) for instance in instances]
+
+        # Rows of like lengths together
+        batches = {}
+        for kind, some in rows.items():
+            some.sort(key=lambda row: len(row["ids"]))
+            parts = [some[k : k + size] for k in range(0, len(some), size)]
+            if parts:
+                batches[kind] = [self.collate(part) for part in parts]
+        return batches
 
 
 @torch.no_grad()
@@ -474,7 +413,7 @@ def main():
         model.encoder.load_state_dict(
             {name: qformer.state_dict().get(name, x) for name, x in weights.items()}
         )
-        model.match_scale()
+        model.set_up()
     trainable = [p for p in model.parameters() if p.requires_grad]
     say(
         f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}"

@@ -10,8 +10,10 @@ from contextlib import suppress
 import torch
 from transformers import TextStreamer
 
-from assets.cf import last_items
-from assets.guard import CONTROL, InputError, printable
+import ilm
+from assets.extras.hub import export
+from assets.guard import CONTROL, InputError, Parser, a_seed, printable
+from assets.run import pick_device
 from data import HISTORY, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
@@ -130,7 +132,7 @@ class Chat:
             return self.recommend(text, text)
         printer, named = (
             Printer(self.model.tokenizer),
-            self.model.encoder is None,
+            self.model.Q == 0,
         )  # items unnamed, as in the text tasks of training
         before = self.turns[max(0, len(self.turns) - 2 * self.memory) :]
         prompt = self.model.prompt_ids([*before, text], named=named, guests=self.guests)
@@ -161,9 +163,7 @@ class Chat:
         if user is None:  # somebody new, who is what they liked
             dataset = self.model.dataset
             cf = dataset.standard_users(dataset.solver.of_histories([history]))
-            cf = self.model.with_history(
-                cf, last_items(history, [len(history)], self.model.history)
-            )[0]
+            cf = self.model.with_history(cf, [history])[0]
         with torch.no_grad():
             prompt = self.model.prompt_ids(
                 template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests
@@ -254,3 +254,34 @@ class Chat:
                 print("\n(Ctrl-D or /quit leaves)")
             except EOFError:
                 return print()
+
+
+def main():
+    """What `python ilm.py` does."""
+    p = Parser(description=ilm.__doc__.split("\n")[0])
+    p.add_argument("prompt", nargs="?", help="answer this and stop; without it, a conversation")
+    p.add_argument(
+        "--run", default="out/toy/ilm", help="run directory of train_stage2.py [out/toy/ilm]"
+    )
+    p.add_argument("--data", help="prepared folder [the run's]")
+    p.add_argument(
+        "--new",
+        metavar="FOLDER",
+        help="interactions.csv (and items.csv) of users and items that came after training",
+    )
+    p.add_argument("--device", help="[cuda if there is one, else cpu]")
+    p.add_argument(
+        "--export",
+        metavar="FILE.npy",
+        help="write the soft tokens of all items and users, for use elsewhere",
+    )
+    p.add_argument("--seed", type=a_seed, default=0, help="unused: answers are greedy [0]")
+    args = p.parse_args()
+    model = ilm.load_ilm(args.run, pick_device(args.device), args.data, args.new)
+    if args.export:
+        rate = export(model, args.export)
+        print(f"wrote {args.export}: {rate:,.0f} items and users a second")
+    elif args.prompt:
+        Chat(model).answer(args.prompt)
+    else:
+        Chat(model).converse()

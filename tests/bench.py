@@ -33,7 +33,9 @@ import ilm  # noqa: E402
 import qformer  # noqa: E402
 import train_stage2  # noqa: E402
 from assets import cf  # noqa: E402
+from assets.extras.hub import export  # noqa: E402
 from assets.fast.als import length_batches  # noqa: E402
+from assets.plumbing.llm import DecoderOnly  # noqa: E402
 
 SPREAD = "{:8.1f} {:8.1f} {:8.1f}"
 
@@ -147,7 +149,7 @@ def make_ilm(llm, method="text", queries=4):
     if encoder:
         encoder.freeze_all_but_encode()
     config = {"num_queries": queries, "train_llm": False, "item_names": "title", "name_tokens": 0, "prompt_items": "names+tokens"}
-    return ilm.ILM(llm, tokenizer, encoder, dataset, config)
+    return ilm.ILM(DecoderOnly(llm, tokenizer), encoder, dataset, config)
 
 
 def random_names(count, vocab, rng):
@@ -176,11 +178,12 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
         for count in (1_000, 12_000):
             names = random_names(count, vocab, rng)
             trie, allowed, index = ilm.Trie(names), allowed_by(names), {name: i for i, name in enumerate(names)}
+            model.log_count = torch.zeros(len(trie.token))  # no prior
 
             def theirs():
-                embeddings, mask, _ = model.pad(prompts)
+                embeddings, mask = model.embed_prompts(prompts)
                 with torch.no_grad():
-                    return model.llm.generate(inputs_embeds=embeddings, attention_mask=mask, num_beams=beams, eos_token_id=0,
+                    return model.llm.network.generate(inputs_embeds=embeddings, attention_mask=mask, num_beams=beams, eos_token_id=0,
                                               num_return_sequences=beams, max_new_tokens=9, renormalize_logits=True, do_sample=False,
                                               prefix_allowed_tokens_fn=allowed, pad_token_id=0, length_penalty=0.0, output_scores=True,
                                               return_dict_in_generate=True)
@@ -204,6 +207,7 @@ def bench_ranking(args, beams=10, users=8, prompt=250):
     for count in (1_000, 10_000, 100_000):
         names, began = random_names(count, 32_000, rng), time.perf_counter()
         trie = ilm.Trie(names)
+        model.log_count = torch.zeros(len(trie.token))  # the largest trie is the last
         print(f"  a trie of {count:,} names is built once, in {time.perf_counter() - began:.2f} s")
         ways[f"{count:,} names"] = lambda trie=trie: model.rank(prompts, trie, beams)
     alternate("ranking: the size of the catalogue", ways, args.rounds)
@@ -368,11 +372,11 @@ def bench_catalogue(args):
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     cf, rates = torch.randn(1_000_000, model.cf.shape[1]), []
     model.cf, model.num_items = cf[:100_000], 100_000
-    model.export("/dev/null")
+    export(model, "/dev/null")
     before = peak()
     for _ in range(args.rounds):
         model.cf, model.num_items = cf, len(cf)
-        rates.append(model.export("/dev/null"))
+        rates.append(export(model, "/dev/null"))
     print(f"\ncatalogue: 1,000,000 items to soft tokens, {min(rates):,.0f} / {np.median(rates):,.0f} / {max(rates):,.0f} a second (min, "
           f"median, max); peak memory {peak() - before:+.0f} MiB against 100,000 items")
     assert peak() - before < 128  # the soft tokens themselves are 4,000 MiB

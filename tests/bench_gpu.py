@@ -19,9 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_stage2  # noqa: E402
+from assets.fast.packing import packed_attention  # noqa: E402
 from data import load_dataset  # noqa: E402
 from evaluate import targets_and_taken  # noqa: E402
-from ilm import build_ilm, packed_attention  # noqa: E402
+from ilm import build_ilm  # noqa: E402
 
 p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 p.add_argument("--data", default="data/toy")
@@ -68,7 +69,7 @@ torch.manual_seed(0)
 model = build_ilm(train_stage2.make_config(train_stage2.parse_args(arguments), dataset)[0], dataset, device).train()
 examples = train_stage2.Examples(model, dataset)
 weights = sum(x.numel() for name, x in model.llm.named_parameters() if "embed" not in name and "head" not in name)
-shape, peak = model.llm.config, measured_peak()
+shape, peak = model.llm.network.config.get_text_config(), measured_peak()
 print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, matmul {peak / 1e12:.2f} TFLOP/s, "
       f"{weights / 1e6:.1f} M weights in the layers")
 
@@ -112,8 +113,9 @@ def ranking(count):
     new, seen = timed(rank)[0], min(timed(rank)[0] for _ in range(2))
     one, _ = timed(model.generate, prompts[:8], 16)  # what a user would do instead: a title written word by word, which is one item
     model.train()
-    print(f"ranking   {len(users):4} users, {len(dataset.items):,} names | prompts {build / len(users) * 1e3:5.2f} "
-          f"new {new / len(users) * 1e3:6.2f} seen {seen / len(users) * 1e3:6.2f} ms a user | generate, 16 tokens: {one / 8 * 1e3:.1f} | asks {asks(rank)}", flush=True)
+    milliseconds = [1e3 * seconds / len(users) for seconds in (build, new, seen)]
+    print("ranking   {:4} users, {:,} names | prompts {:5.2f} new {:6.2f} seen {:6.2f} ms a user".format(
+        len(users), len(dataset.items), *milliseconds), f"| generate, 16 tokens: {one / 8 * 1e3:.1f} | asks {asks(rank)}", flush=True)
 
 
 for kind in ("sequential", "straightforward"):

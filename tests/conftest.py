@@ -21,6 +21,8 @@ VISIBLE = os.environ.setdefault("CUDA_VISIBLE_BEFORE_TESTS", os.environ.get("CUD
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import data  # noqa: E402
+from assets.fast.packing import soft_index  # noqa: E402
+from assets.fast.search import Trie  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
 torch.set_num_threads(1)
@@ -65,6 +67,21 @@ def make_ilm(toy):
     return make
 
 
+@pytest.fixture()
+def tangled(make_ilm):
+    """An ILM whose 120 names share beginnings, and where one name extends another."""
+    model = make_ilm()
+    words = ["Amber", "Jade", "Velvet", "Iron", "Golden"]
+    model.names = [f"{words[i % 5]} {words[i // 5 % 5]} {words[i // 25]}" for i in range(120)]
+    model.names[7] = "Amber Jade"
+    model.name_ids = [model.target_ids(name) for name in model.names]
+    model.names_trie = Trie(model.name_ids)
+    model.set_prior("popularity", "learned")
+    with torch.no_grad():
+        model.tau.fill_(0.7)
+    return model
+
+
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
     """script(name, *argv, cwd=, ...) runs a script in a process of its own (tests/forked.py has the further arguments)."""
@@ -99,7 +116,7 @@ def work(script, tmp_path_factory):
 def embedded(model, prompt, targets=((),)):
     """What the LLM reads of one prompt with each of N targets of one length behind it, (N, L, hidden)."""
     ids = torch.tensor([[*prompt, *target] for target in targets])
-    return model.embed(ids, model.soft_index(ids, getattr(prompt, "cf", [])))
+    return model.embed(ids, soft_index(ids, getattr(prompt, "cf", []), model.num_items, model.Q))
 
 
 def as_read(model, histories):

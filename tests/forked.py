@@ -120,7 +120,7 @@ def answer(call):
 if __name__ == "__main__":
     torch.set_num_threads(1)  # no thread may exist when the process forks
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background was told to ignore it
-    ilm.from_pretrained(ilm.AutoModelForCausalLM, str(data.Path(data.__file__).parent / "assets" / "toy_llm"), "--llm")  # its imports, once
+    ilm.load_llm(str(data.Path(data.__file__).parent / "assets" / "toy_llm"), False, torch.device("cpu"))  # its imports, once
     import transformers.models.bert.modeling_bert  # noqa: F401
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)

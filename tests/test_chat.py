@@ -15,6 +15,7 @@ from conftest import ROOT, as_read
 import data
 import train_stage2
 from assets.chat import Chat
+from assets.fast.packing import soft_index
 
 
 @pytest.fixture()
@@ -163,7 +164,7 @@ def test_a_mixture_and_a_user_in_one_line_keep_their_vectors_apart(chat):
     model, text = chat.model, chat.resolve("{item:003*0.5+item:008*0.5} for {user:5}")
     prompt = model.prompt_ids(text, named=False, guests=chat.guests)
     ids = torch.tensor([prompt])
-    found = model.embed(ids, model.soft_index(ids, prompt.cf))[0, torch.tensor(prompt) >= 1 << 24]
+    found = model.embed(ids, soft_index(ids, prompt.cf, model.num_items, model.Q))[0, torch.tensor(prompt) >= 1 << 24]
     mixture = model.with_history((0.5 * model.cf[2] + 0.5 * model.cf[7])[None])
     user = as_read(model, [model.dataset.items_of(chat.known["user"]["5"])])
     torch.testing.assert_close(found, model.soft_tokens(torch.cat([mixture, user])).flatten(0, 1), atol=1e-4, rtol=1e-4)

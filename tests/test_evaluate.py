@@ -73,8 +73,8 @@ def test_seeds_of_a_method_are_one_line(capsys):
 def test_sentence_embeddings_do_not_depend_on_the_batch(make_ilm):
     model = make_ilm()
     texts = ["a tense western", "comedy", "It is from the seventies."]
-    together = evaluate.sentence_embeddings(model.llm.base_model, model.tokenizer, texts)
-    alone = torch.cat([evaluate.sentence_embeddings(model.llm.base_model, model.tokenizer, [t]) for t in texts])
+    together = evaluate.sentence_embeddings(model.llm.reader, model.tokenizer, texts)
+    alone = torch.cat([evaluate.sentence_embeddings(model.llm.reader, model.tokenizer, [t]) for t in texts])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
 

@@ -8,10 +8,13 @@ import torch
 from conftest import ROOT, embedded, real
 from test_ilm import named_children, purchases
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from ilm import SOFT_BASE, frame, load_ilm
+from assets.chat import CONTROL, Printer
+from assets.plumbing.frames import frame
+from assets.plumbing.llm import EncoderDecoder
+from ilm import SOFT_BASE, load_ilm
 from train_stage1 import print_parameters
 from train_stage2 import Examples
 
@@ -47,6 +50,37 @@ FAMILIES = {
 }
 
 
+# Further types: packed, read alone, or refused with these words; and what differs from SMALL
+SMALL = dict(HEADS, n_embd=32, n_layer=2, n_head=2, n_positions=512, d_model=32, n_heads=2, n_layers=2, max_seq_len=512, ffn_dim=48, dff=48,
+             word_embed_proj_dim=32, num_local_experts=4, num_experts_per_tok=1, num_experts=4, moe_intermediate_size=24,
+             shared_expert_intermediate_size=24, shared_intermediate_size=48, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64,
+             mamba_d_state=8, mamba_chunk_size=16, mamba_dt_rank=4, state_size=8, chunk_size=16, linear_num_key_heads=2,
+             linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, vocab_size_per_layer_input=400)
+PACKED, ALONE = True, False
+LINEAR = dict(layer_types=["linear_attention", "full_attention"])
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+OTHERS = {
+    "opt": (PACKED, {}), "falcon": (PACKED, dict(alibi=False)), "ctrl": (PACKED, {}),
+    "llama4": (PACKED, dict(text_config=dict(SMALL, intermediate_size_mlp=48))),
+    "gemma3": (PACKED, dict(text_config=SMALL, vision_config=VISION)),
+    # Distances by columns
+    "falcon, alibi": (ALONE, dict(alibi=True)), "bloom": (ALONE, {}), "mpt": (ALONE, {}), "openai-gpt": (ALONE, {}),
+    "gpt_neo": (ALONE, dict(attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=2, window_size=24)),
+    # A state goes from token to token
+    "qwen3_5_text": (ALONE, LINEAR), "qwen3_next": (ALONE, LINEAR), "minimax": (ALONE, LINEAR),
+    "lfm2": (ALONE, dict(layer_types=["conv", "full_attention"])), "granitemoehybrid": (ALONE, dict(layer_types=["mamba", "attention"])),
+    "jamba": (ALONE, dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)), "falcon_h1": (ALONE, {}),
+    "bamba": (ALONE, dict(attn_layer_indices=[1])), "recurrent_gemma": (ALONE, dict(num_hidden_layers=3)), "mamba": (ALONE, {}),
+    "mamba2": (ALONE, dict(num_heads=8, head_dim=8, n_groups=1)), "rwkv": (ALONE, dict(attention_hidden_size=32)),
+    "t5gemma": (ALONE, dict(decoder_start_token_id=2, encoder=SMALL, decoder=dict(SMALL, cross_attention_hidden_size=32))),
+    # Words are more than their embeddings; heads of several layers; what comes later is seen
+    "gemma4_text": ("cannot read embeddings", dict(hidden_size_per_layer_input=8)),
+    "gemma3n_text": ("logits that are not those", dict(laurel_rank=8, num_kv_shared_layers=0, altup_num_inputs=2)),
+    "modernbert-decoder": ("logits that are not those", {}),
+    "bert-generation": ("sees the words that it shall predict", {}), "xlnet": ("sees the words that it shall predict", {}),
+}
+
+
 def make_tokenizer(kind, chat):
     """A few hundred pieces, learnt from prompts.txt. The kinds write a space, and begin or end a text, as their namesakes do."""
     words = (ROOT / "prompts.txt").read_text(encoding="utf-8").split() + list(map(chr, range(33, 127))) + ["\n"]
@@ -78,16 +112,30 @@ def make_tokenizer(kind, chat):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **names)
 
 
+def other_settings(family, rows):
+    """Those of SMALL that the configuration knows, and its own."""
+    own = OTHERS[family][1]
+    cls = CONFIG_MAPPING[family.split(",")[0]]
+    known = {*cls().to_dict(), *cls.attribute_map}
+    sub = {key: value | {"vocab_size": rows, "pad_token_id": 0} for key, value in own.items() if isinstance(value, dict)}
+    small = {} if sub else {key: value for key, value in SMALL.items() if key in known}
+    return small | own | sub
+
+
 def write_checkpoint(folder, family):
     """A random LLM of a family, with some rows more than its tokenizer has tokens, as many a real one."""
-    settings, kind, chat = FAMILIES[family]
+    settings, kind, chat = FAMILIES.get(family, (None, "bytes", None))
     tokenizer = make_tokenizer(kind, chat)
-    config = AutoConfig.for_model("t5" if family == "flan-t5" else family, vocab_size=len(tokenizer) + 7, bos_token_id=2, eos_token_id=1,
-                                  pad_token_id=0, **settings)
+    rows = len(tokenizer) + 7
+    config = AutoConfig.for_model("t5" if family == "flan-t5" else family.split(",")[0], vocab_size=rows, bos_token_id=2, eos_token_id=1,
+                                  pad_token_id=0, **(settings or other_settings(family, rows)))
     torch.manual_seed(0)
     llm = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     if family == "flan-t5":  # transformers ties every T5 that it makes; one on disk with a head of its own keeps it
         llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(llm.lm_head.weight) / 4)
+    for name, parameter in llm.named_parameters():  # zero in a fresh one: Gemma 3n would hear nothing of what it learnt
+        if "correct_output_scale" in name:
+            torch.nn.init.ones_(parameter)
     llm.save_pretrained(folder)
     if family == "flan-t5":
         path = folder / "config.json"
@@ -121,7 +169,7 @@ def make(make_ilm, checkpoint):
 def own_log_p(model, prompt, targets):
     """log-probabilities (N, T, V) along targets of equal length after one prompt, straight from the LLM: no packing, padding or cache.
     A prompt without soft tokens goes in as ids, not as embeddings: the LLM embeds it by itself."""
-    targets, seq2seq = torch.tensor(targets), model.llm.config.is_encoder_decoder
+    targets, seq2seq = torch.tensor(targets), model.llm.network.config.is_encoder_decoder
     ids = torch.tensor([prompt]).expand(len(targets), -1)
     if not seq2seq:
         ids = torch.cat([ids, targets[:, :-1]], 1)
@@ -131,9 +179,9 @@ def own_log_p(model, prompt, targets):
         if not seq2seq:
             inputs["inputs_embeds"] = inputs["inputs_embeds"][:, :-1]
     if seq2seq:
-        start = torch.full_like(targets[:, :1], model.llm.config.decoder_start_token_id)
-        return model.llm(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
-    return model.llm(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
+        start = torch.full_like(targets[:, :1], model.llm.network.config.decoder_start_token_id)
+        return model.llm.network(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
+    return model.llm.network(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -158,6 +206,10 @@ def prompts_of(model):
     """Three prompts of unequal length, the last of words alone."""
     return [model.prompt_ids(SEQUENTIAL, user=u, history=model.dataset.items_of(u, "test")[-4 + 2 * u:]) for u in (0, 1)] + [
         model.prompt_ids("Name any title:")]
+
+
+def seq2seq(model):
+    return isinstance(model.llm, EncoderDecoder)
 
 
 def scores_of(model, prompts=None):
@@ -210,8 +262,7 @@ def test_one_batch_is_overfitted_and_the_llm_stays_frozen_bitwise(trained, capsy
 @torch.no_grad()
 def test_soft_tokens_start_as_loud_in_the_first_layer_as_words_are_half_way_up(shared):
     model = shared
-    reader = model.llm.get_encoder() if model.seq2seq else model.llm.base_model
-    states = lambda embeddings: reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+    states = lambda embeddings: model.llm.reader(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
     loudness = lambda state: state.pow(2).mean(-1).sqrt().median()
     words = loudness(states(model.embed(torch.tensor([sum(model.name_ids[:64], [])[:256]])))[1])
     assert 0.75 < loudness(states(model.soft_tokens(model.with_history(model.cf)).flatten(0, 1)[None])[0]) / words < 1.33
@@ -233,7 +284,7 @@ def test_it_writes_what_the_llm_finds_likeliest(shared, monkeypatch):
         while len(out) < 5 and model.tokenizer.eos_token_id not in out:
             out.append(own_log_p(model, prompt, [[*out, 0]])[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
-    monkeypatch.setattr(model.llm.generation_config, "eos_token_id", [3, out[0]])  # a chat model may know several ends
+    monkeypatch.setattr(model.llm.network.generation_config, "eos_token_id", [3, out[0]])  # a chat model may know several ends
     assert model.generate([prompt], max_new_tokens=5) == [model.tokenizer.decode(out[:1], skip_special_tokens=True).strip()]
 
 
@@ -280,7 +331,7 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
         talk = model.tokenizer.decode(model.prompt_ids(["one", "two", "three"]))
         assert [talk.count(part) for part in ("one", "two", "three", "user\n")] == [1, 1, 1, 2]
         assert talk.count("<|im_start|>assistant\n") + talk.count("<start_of_turn>model\n") == 2
-    elif model.seq2seq:
+    elif seq2seq(model):
         assert prompt == tokenize("The next one:", True) and prompt[-1] == eos and model.name_ids[3][:-1] == tokenize(name)
     elif not any("▁" in token[1:] for token in model.tokenizer.get_vocab()):  # TinyStories' pieces span words: there is no cut between
         assert prompt + model.name_ids[3][:-1] == tokenize("The next one: " + name, True)
@@ -291,7 +342,7 @@ def test_nothing_stands_between_a_user_and_the_name_that_is_asked_for(shared):
     """A chat LLM reads the user's soft tokens in the answer that it has begun; the question is what stands before."""
     user = shared.dataset.standard_users(shared.dataset.users_at([1]))[0]
     prompt = shared.prompt_ids("So far: {history}. Next for {user}:", user=1, history=[3, 4], cf=shared.with_history(user[None])[0])
-    if shared.seq2seq:  # the end token, which T5 and its like put behind every text
+    if seq2seq(shared):  # the end token, which T5 and its like put behind every text
         prompt = prompt[:-1]
     if not shared.tokenizer.chat_template:
         return
@@ -320,7 +371,7 @@ def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp
 
 
 def at_precision(monkeypatch, dtype):
-    for module in ("ilm", "assets.run"):
+    for module in ("assets.plumbing.llm", "assets.run"):
         monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
 
 
@@ -329,10 +380,10 @@ def test_half_precision_ranks_nearly_as_full_precision_does(shared, make, monkey
     for dtype in (torch.float16, torch.bfloat16):
         at_precision(monkeypatch, dtype)
         model = make() if dtype == torch.bfloat16 else shared
-        assert model.llm.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        assert model.llm.config._attn_implementation == "sdpa" or not model.llm._supports_sdpa
+        assert model.llm.network.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        assert model.llm.network.config._attn_implementation == "sdpa" or not model.llm.network._supports_sdpa
         with model.autocast():
-            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not model.seq2seq)  # fp16 is nothing for T5
+            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16 or not seq2seq(model))  # fp16 is nothing for T5
             scores = scores_of(model)
         close(scores.exp().sum(1), torch.ones(3), atol=1e-3)
         assert torch.corrcoef(torch.stack([scores.flatten(), wanted.flatten()]))[0, 1] > 0.98
@@ -343,7 +394,61 @@ def test_half_precision_ranks_nearly_as_full_precision_does(shared, make, monkey
     (torch.bfloat16, True, torch.float32)])  # a step of AdamW is less than bf16 can tell apart
 def test_a_frozen_llm_is_in_bf16_where_there_is_one_and_a_trained_one_in_fp32(make_ilm, monkeypatch, dtype, train_llm, wanted):
     at_precision(monkeypatch, dtype)
-    assert make_ilm(train_llm=train_llm).llm.dtype == wanted
+    assert make_ilm(train_llm=train_llm).llm.network.dtype == wanted
+
+
+# ---- Types that do not pack, and types that are refused -----------------------------------------------------------------
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_types_are_read_as_the_llm_itself_reads_or_refused_in_one_line(make_ilm, tmp_path, capsys, family):
+    """Loss of a packed batch, ranking and writing equal the LLM's own, one by one."""
+    path, verdict = write_checkpoint(tmp_path, family), OTHERS[family][0]
+    if isinstance(verdict, str):
+        with pytest.raises(data.InputError, match=verdict) as error:
+            make_ilm(llm=path)
+        assert "\n" not in str(error.value) and path in str(error.value)
+        return
+    model = make_ilm(llm=path)
+    assert model.llm.packs == verdict
+    told = [f"--llm {path}: of type {model.llm.network.config.model_type}, which reads one by one: slower"]
+    assert capsys.readouterr().out.splitlines() == told * (verdict is ALONE and family != "t5gemma")
+    examples, some, prompts = Examples(model, model.dataset), [3, 77, 5], prompts_of(model)[1:]
+    wanted = torch.stack([brute_force(model, prompt)[0] for prompt in prompts])
+    assert wanted.std() > 0.05
+    close(scores_of(model, prompts), wanted)
+    rows = [examples.pack([(prompt, *model.names_trie.paths[i]) for i in some]) for prompt in prompts]
+    total, nll = model(examples.collate(rows))
+    total.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.adapter.maps.parameters())
+    lengths = [len(model.names_trie.paths[i][0]) for _ in prompts for i in some]
+    close(torch.stack([-part.sum() for part in nll.split(lengths)]).view(2, 3), wanted[:, some])
+    for prompt, text in zip(prompts, model.generate(prompts, max_new_tokens=3)):
+        assert model.generate([prompt], 3) == [text]
+        out = []
+        while len(out) < 3 and model.tokenizer.eos_token_id not in out:
+            out.append(own_log_p(model, prompt, [[*out, 0]])[0, -1].argmax().item())
+        assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_a_reply_is_printed_while_it_is_written_one_by_one(make_ilm, tmp_path, capsys):
+    model = make_ilm(llm=write_checkpoint(tmp_path, "falcon_h1"))
+    assert not model.llm.generates
+    prompt = prompts_of(model)[:1]
+    printer = Printer(model.tokenizer)
+    assert CONTROL.sub(" ", model.generate(prompt, 8, streamer=printer)[0]) == printer.text.strip() != ""
+
+
+def test_a_tokenizer_may_have_one_entry_more_than_the_llm_has_rows(make_ilm, tmp_path):
+    """Gemma 3's has one for images, which no text uses. Two more, and it is another LLM's."""
+    path = write_checkpoint(tmp_path, "gemma3_text")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<{k}>" for k in range(7)] + ["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    assert scores_of(make_ilm(llm=path)).isfinite().all()
+    tokenizer.add_tokens(["<one more>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    with pytest.raises(data.InputError, match="another LLM's"):
+        make_ilm(llm=path)
 
 
 # ---- What no checkpoint may do -----------------------------------------------------------------------------------------

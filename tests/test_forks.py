@@ -13,7 +13,6 @@ from conftest import ROOT
 from huggingface_hub import HfApi
 
 import data
-from assets.hub import Portable
 from assets.later import extend
 from ilm import ILM, load_ilm
 
@@ -204,6 +203,5 @@ def test_push_to_hub_uploads_that_folder(shop, monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, *, folder_path, repo_id, **_: sent.update(
         {repo_id: sorted(f.name for f in __import__("pathlib").Path(folder_path).iterdir())}))
     model = load_ilm("out/shop/ilm", "cpu")
-    assert isinstance(model, Portable)
     model.push_to_hub("me/tea-ilm")
     assert sent == {"me/tea-ilm": ["README.md", "config.json", "model.safetensors"]}

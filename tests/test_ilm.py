@@ -2,24 +2,19 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_read, embedded, real
+from conftest import as_read, embedded, real
 
 import data
 import ilm
-from ilm import SOFT_BASE
-from train_stage2 import Examples, collate, pack
+from assets.extras.hub import export
+from assets.fast.packing import SOFT_BASE, soft_index
+from train_stage2 import Examples
 
 SEQUENTIAL = "History of {user}: {history}. Recommend the next one:"
 
 
 def prompts_of(model, users=(0, 1, 2)):
     return [model.prompt_ids(SEQUENTIAL, user=u, history=model.dataset.items_of(u, "test")[-5 - u:]) for u in users]
-
-
-def log_p(model, prompt, target):
-    """Sum of log p(target | prompt) and its terms, straight from the LLM: no packing, no padding, no cache."""
-    logits = model.llm(inputs_embeds=embedded(model, prompt, [target])).logits[0].float().log_softmax(-1)
-    return logits[len(prompt) - 1:-1].gather(1, torch.tensor(target)[:, None])[:, 0]
 
 
 # -- prompts
@@ -58,7 +53,7 @@ def test_an_encoder_that_names_no_history_reads_plain_vectors(make_ilm, monkeypa
     assert model.history == 0 and model.tau.requires_grad
     vector, = model.prompt_ids("For {user}:", user=7).cf
     torch.testing.assert_close(vector, as_read(model, [model.dataset.items_of(7)])[0])
-    assert model.soft_tokens(model.with_history(model.cf)).shape == (120, 2, model.hidden)
+    assert model.soft_tokens(model.with_history(model.cf)).shape == (120, 2, model.llm.width)
     for kind in ("sequential", "straightforward", "text"):
         batch = Examples(model, model.dataset).batch(kind, 2, np.random.default_rng(0))
         assert torch.isfinite(model(batch)[0])
@@ -113,15 +108,29 @@ def test_a_cut_name_that_ends_in_a_number_by_itself_is_no_unknown_letter(make_il
 @pytest.mark.parametrize("method", ["ilm-rand", "mlp"])
 def test_soft_tokens_start_as_loud_as_the_middle_layers(make_ilm, method):
     model = make_ilm(method)
-    out = model.llm(torch.tensor([model.tokenizer(" and ".join(model.names))["input_ids"]]), output_hidden_states=True)
+    out = model.llm.network(torch.tensor([model.tokenizer(" and ".join(model.names))["input_ids"]]), output_hidden_states=True)
     words = out.hidden_states[1].pow(2).mean(-1).sqrt().median()
     soft = model.soft_tokens(model.with_history(model.cf)).pow(2).mean().sqrt()
     assert 0.8 < soft / words < 1.25
 
 
+def test_whitening_evens_out_what_varies_and_spares_what_hardly_does():
+    torch.manual_seed(0)
+    states = torch.randn(4000, 6) * torch.tensor([30.0, 10, 3, 3, 3, 1e-6]) @ torch.linalg.qr(torch.randn(6, 6))[0] + 5
+    adapter = ilm.Adapter(num_queries=2, width=6, hidden=3)
+    adapter.whiten_(states)
+    white = adapter.whitening(states)
+    assert white.mean(0).abs().max() < 1e-4
+    variances = torch.linalg.eigvalsh(white.T @ white / len(white))  # v / (v + 9) of each v before
+    assert torch.allclose(variances, torch.tensor([0.0, 0.5, 0.5, 0.5, 0.917, 0.99]), atol=0.03)
+    assert torch.allclose(adapter(states.view(-1, 2, 6))[:, 1], adapter.maps[1](white[1::2]))  # each query its own map
+    adapter.whiten_(torch.ones(4, 6))  # an encoder that says nothing yet
+    assert adapter.whitening(torch.ones(4, 6)).abs().max() < 1e-2
+
+
 def test_export_writes_all_soft_tokens_in_chunks(make_ilm, tmp_path):
     model = make_ilm()
-    assert model.export(tmp_path / "soft.npy", chunk=7) > 0
+    assert export(model, tmp_path / "soft.npy", chunk=7) > 0
     written, dataset = torch.from_numpy(np.load(tmp_path / "soft.npy")), model.dataset
     users = as_read(model, [dataset.items_of(u) for u in range(len(dataset.users))])  # as they are now
     wanted = model.soft_tokens(torch.cat([model.with_history(model.cf), users])).detach()
@@ -134,7 +143,7 @@ def test_each_item_is_encoded_once(make_ilm):
     model.encoder.encode = lambda cf: seen.append(len(cf)) or encode(cf)
     prompt = model.prompt_ids("{history} for {user}", user=3, history=[4, 9, 4, 4])
     ids = torch.tensor([prompt, prompt])
-    model.embed(ids, model.soft_index(ids, prompt.cf))
+    model.embed(ids, soft_index(ids, prompt.cf, model.num_items, model.Q))
     assert seen == [3]
 
 
@@ -155,55 +164,7 @@ def test_the_llm_is_frozen_bitwise_and_stays_in_eval(make_ilm):
     assert not any(p.requires_grad for p in model.adapter.whitening.parameters())  # the whitening stays as it began
 
 
-# -- packing
-
-
-@pytest.mark.parametrize("method", ["ilm-rand", "text"])
-def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
-    model = make_ilm(method)
-    examples, window = Examples(model, model.dataset), model.dataset.items_of(0)[:9]
-    sequential = [(model.prompt_ids(SEQUENTIAL, user=0, history=window[:k]), model.name_ids[window[k]]) for k in range(1, 9)]
-    same_prompt = [(model.prompt_ids("What would {user} like?", user=1), model.name_ids[i]) for i in (3, 8, 50)]
-    single = [(model.prompt_ids("Describe {item}.", items=[3], named=False), model.target_ids("A western."))]
-    template = examples.templates["sequential", "seen"][0]  # the user at its end
-    prefixes = examples.prefixes(0, window, examples.training_users(0, np.arange(1, 9)), template)
-    shared = [(prompt, model.name_ids[i]) for prompt, i in zip(prefixes, window[1:])]
-    rows = [sequential, shared, same_prompt, single]
-    with torch.no_grad():
-        total, packed = model(examples.collate([examples.pack(row) for row in rows]))
-        one_by_one = torch.cat([-log_p(model, prompt, target) for row in rows for prompt, target in row])
-    torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)
-    assert total.item() == pytest.approx(packed.sum().item())
-    assert len(examples.pack(shared)["ids"]) < sum(len(p) + len(t) for p, t in shared) / 2
-
-
-def test_packed_rows_by_hand():
-    row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0], [0, 4, -1])])
-    assert row["cf"] == [] and row["node"] == [-1] * 5 + [0, 4, -1]
-    assert row["ids"] == [1, 2, 3, 9, 5, 9, 6, 7]
-    assert row["position"] == [0, 1, 2, 2, 3, 3, 4, 5]
-    assert row["branch"] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert row["attach"] == [0, 0, 0, 2, 2, 3, 3, 3]
-    assert row["label"] == [-100, -100, -100, 5, 0, 6, 7, 0]
-    mask = ilm.packed_attention(collate([row]))[0, 0].int().tolist()
-    assert mask[4] == [1, 1, 0, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 1, 0, 0, 1, 1, 1]
-
-
-def test_vectors_of_prompts_packed_and_collated_stay_with_their_prompts(make_ilm):
-    """Three rows, of which two have users: each soft token of a user is that user's, wherever it stands."""
-    model = make_ilm()
-    examples = Examples(model, model.dataset)
-    prompts = [[model.prompt_ids("For {user} and {user:9}:", user=u) for u in (1, 2)],
-               [model.prompt_ids("About {item}:", items=[5])],
-               [model.prompt_ids("For {user}:", user=4)]]
-    batch = collate([examples.pack([(prompt, [7, 0]) for prompt in row]) for row in prompts], model.num_items, model.Q)
-    own = batch["ids"][batch["ids"] >= SOFT_BASE + model.num_items * model.Q] - SOFT_BASE
-    found = [batch["cf"][e // model.Q - model.num_items] for e in own.tolist()[::model.Q]]
-    wanted = as_read(model, [model.dataset.items_of(u) for u in (1, 9, 2, 9, 4)])
-    torch.testing.assert_close(torch.stack(found), wanted)
-
-
-# -- ranking and writing
+# -- controls, other people's files, writing
 
 
 def purchases(model):
@@ -222,63 +183,6 @@ def named_children(names, items_below):
         for k, token in enumerate(name):
             children.setdefault(tuple(name[:k]), {}).setdefault(token, []).append(items_below[i])
     return children
-
-
-def brute_force(model, prompt, names, renormalize):
-    """Every name scored whole by definition: sum over its tokens and an end token of log p, over all tokens, or over the tokens that a
-    name has there, by log (1 + purchases of each item below, summed) + tau * logit."""
-    children, scores = named_children(names, purchases(model)), torch.zeros(len(names))
-    for length in set(map(len, names)):  # names of one length are a batch without padding
-        some = [i for i, name in enumerate(names) if len(name) == length]
-        logits = model.llm(inputs_embeds=embedded(model, prompt, [names[i] for i in some])).logits[:, len(prompt) - 1:-1].float()
-        for i, row in zip(some, logits):
-            for k, token in enumerate(names[i]):
-                prefix = tuple(names[i][:k])
-                if not renormalize:
-                    scores[i] += row[k][token] - row[k].logsumexp(0)
-                elif len(children[prefix]) > 1:
-                    divided = {t: np.log(sum(1 + n for n in below)) + model.tau * row[k][t]
-                               for t, below in children[prefix].items()}
-                    scores[i] += divided[token] - torch.stack([*divided.values()]).logsumexp(0)
-    return scores
-
-
-@pytest.fixture()
-def tangled(make_ilm):
-    """An ILM whose 120 names share beginnings, and where one name extends another."""
-    model = make_ilm()
-    words = ["Amber", "Jade", "Velvet", "Iron", "Golden"]
-    model.names = [f"{words[i % 5]} {words[i // 5 % 5]} {words[i // 25]}" for i in range(120)]
-    model.names[7] = "Amber Jade"
-    model.name_ids = [model.target_ids(name) for name in model.names]
-    model.names_trie = ilm.Trie(model.name_ids)
-    model.set_prior("popularity", "learned")
-    with torch.no_grad():
-        model.tau.fill_(0.7)
-    return model
-
-
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_exact_ranking_is_brute_force(tangled, renormalize):
-    prompts = prompts_of(tangled, (0, 1))
-    scores = tangled.rank(prompts, tangled.trie(renormalize))
-    with torch.no_grad():
-        wanted = torch.stack([brute_force(tangled, p, tangled.name_ids, renormalize) for p in prompts])
-    torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
-    if renormalize:
-        torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
-
-
-def test_the_training_loss_of_a_name_is_its_ranking_score(tangled):
-    """p divided among the names of the catalogue, and no token after a name is decided."""
-    prompts, paths, examples = prompts_of(tangled, (0, 1)), tangled.names_trie.paths, Examples(tangled, tangled.dataset)
-    with torch.no_grad():
-        batch = examples.collate([examples.pack([(prompt, *paths[i]) for i in range(0, 120, 3)]) for prompt in prompts])
-        nll, row = tangled(batch)[1], (batch["label"] >= 0).nonzero()
-    scores = torch.zeros(2, 41).index_put((row[:, 0], batch["branch"][row[:, 0], row[:, 1]]), -nll, accumulate=True)[:, 1:]
-    wanted = tangled.rank(prompts, tangled.trie())
-    torch.testing.assert_close(scores, wanted[:, ::3], atol=1e-4, rtol=1e-4)
-    assert len(paths[8][0]) == 3 and len(paths[7][0]) == 3 and paths[7][0][-1] == tangled.tokenizer.eos_token_id  # 7 is a prefix of others
 
 
 def test_shuffled_vectors_are_those_of_others(make_ilm):
@@ -312,46 +216,6 @@ def test_openp5s_prompt_and_index_files_load_as_they_are(make_ilm, tmp_path):
         make_ilm("text", item_names=str(index))
 
 
-def test_beam_search_finds_the_exact_top(tangled, make_ilm):
-    for model in (tangled, make_ilm()):
-        prompts, trie = prompts_of(model), model.trie()
-        exact, beam = model.rank(prompts, trie), model.rank(prompts, trie, beams=40)
-        torch.testing.assert_close(beam.topk(10)[0], exact.topk(10)[0], atol=1e-4, rtol=1e-4)
-        assert torch.equal(beam.topk(10)[1], exact.topk(10)[1])
-        narrow = model.rank(prompts, trie, beams=2)
-        found = narrow > -torch.inf
-        torch.testing.assert_close(narrow[found], exact[found], atol=1e-4, rtol=1e-4)
-
-
-def test_taken_items_are_not_found_and_cost_no_beam(tangled):
-    prompts, trie = prompts_of(tangled), tangled.trie()
-    exact = tangled.rank(prompts, trie)
-    taken = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, exact.topk(30)[1], True)
-    beam = tangled.rank(prompts, trie, 10, taken)
-    assert not (beam[taken] > -torch.inf).any() and ((beam > -torch.inf).sum(1) == 10).all()
-    best = exact.masked_fill(taken, -torch.inf).topk(10)
-    torch.testing.assert_close(tangled.rank(prompts, trie, 0, taken).topk(10)[0], best[0], atol=1e-4, rtol=1e-4)
-
-
-def test_prefixes_of_taken_items_cost_no_beam(tangled):
-    """All is taken but what begins with the least likely first word: its ten best are found all the same."""
-    prompts, trie = prompts_of(tangled), tangled.trie()
-    exact, first = tangled.rank(prompts, trie), torch.tensor([hash(name.split()[0]) for name in tangled.names])
-    words = first.unique()
-    mass = torch.stack([exact[:, first == word].exp().sum(1) for word in words], 1)                 # (B, first words)
-    taken = first != words[mass.argmin(1)][:, None]
-    wanted, found = exact.masked_fill(taken, -torch.inf).topk(10), tangled.rank(prompts, trie, 10, taken).topk(10)
-    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-4)
-
-
-def test_batch_and_padding_do_not_change_scores(make_ilm):
-    model = make_ilm()
-    prompts, trie = prompts_of(model), model.trie()
-    together = model.rank(prompts, trie)
-    for row, prompt in enumerate(prompts):
-        torch.testing.assert_close(model.rank([prompt], trie)[0], together[row], atol=1e-4, rtol=1e-4)
-
-
 def test_generate_is_greedy(make_ilm):
     model = make_ilm()
     prompts = prompts_of(model, (0, 1))
@@ -360,32 +224,8 @@ def test_generate_is_greedy(make_ilm):
         out = []
         while len(out) < 6 and (not out or out[-1] != model.tokenizer.eos_token_id):
             with torch.no_grad():
-                out.append(model.llm(inputs_embeds=embedded(model, prompt, [out])).logits[0, -1].argmax().item())
+                out.append(model.llm.network(inputs_embeds=embedded(model, prompt, [out])).logits[0, -1].argmax().item())
         assert text == model.tokenizer.decode(out, skip_special_tokens=True).strip()
-
-
-def test_equal_names_are_refused():
-    with pytest.raises(data.InputError, match="equal tokens"):
-        ilm.Trie([[1, 2, 0], [1, 2, 0]])
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_gpt2_works_the_same(make_ilm, tmp_path, attention):
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=48, n_layer=2, n_head=3, attn_implementation=attention)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model = make_ilm(llm=str(tmp_path))
-    prompt, = prompts_of(model, (0,))
-    with torch.no_grad():
-        wanted = brute_force(model, prompt, model.name_ids, True)
-        examples = Examples(model, model.dataset)
-        packed = model(examples.collate([examples.pack([(prompt, t) for t in model.name_ids[:4]])]))[1]
-        one_by_one = torch.cat([-log_p(model, prompt, t) for t in model.name_ids[:4]])
-    torch.testing.assert_close(model.rank([prompt], model.trie())[0], wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(packed, one_by_one, atol=1e-4, rtol=1e-4)
 
 
 def test_a_real_checkpoint(make_ilm):

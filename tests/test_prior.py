@@ -43,7 +43,8 @@ def test_without_the_llm_items_are_as_likely_as_they_are_popular(models, monkeyp
     """tau = 0: p of an item is its share of 1 + purchases, down whatever branches its name and after
     any prompt, so that the ranking is popularity's list."""
     model = models["popularity"]
-    monkeypatch.setattr(model, "zero_soft", zero_soft)
+    if zero_soft:
+        monkeypatch.setattr(model.adapter.loudness, "data", torch.zeros(()))
     templates = Examples(model, model.dataset).templates
     asked = [model.prompt_ids(templates["straightforward", seen][0], user=9) for seen in ("seen", "unseen")]
     prompts = [*prompts_of(model), *asked, model.prompt_ids("Name any title:")]
@@ -74,7 +75,7 @@ def test_no_prior_is_the_llm_alone(models):
     for item in (0, 50, 119):
         tokens, nodes = trie.paths[item]
         with torch.no_grad():
-            logits = model.llm(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].float()
+            logits = model.llm.network(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].float()
         wanted = 0.0
         for row, token, node in zip(logits[len(prompt) - 1:], tokens, nodes):
             _, child = trie.children(torch.tensor([node]))

@@ -16,9 +16,8 @@ def sentence_encoder(name, model):
     if name:
         parts = [from_pretrained(part, name, "--sc-encoder") for part in (AutoModel, AutoTokenizer)]
         return *parts, Path(name).name
-    llm, trained = model.llm, "trained" if model.train_llm else "frozen"
-    encoder = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
-    return encoder, model.tokenizer, f"the {trained} LLM's own states"
+    trained = "trained" if model.llm.trained else "frozen"
+    return model.llm.reader, model.tokenizer, f"the {trained} LLM's own states"
 
 
 @torch.no_grad()

@@ -1,0 +1,194 @@
+"""Packed rows: several examples that share beginnings in one sequence, and what the CPU works out
+of a batch before the device has it. The loss is that of the examples one by one
+(tests/test_packing.py).
+
+Ids from SOFT_BASE on are soft tokens: SOFT_BASE + entity * Q + q is the q-th of an entity. Entities
+0 .. I-1 are the items; I + n is the n-th vector that travels along, of a prompt, a row or a
+batch."""
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+SOFT_BASE = 1 << 24  # more than any vocabulary has
+
+# ---- Several examples in one row -----------------------------------------------------------------
+
+
+def shifted(ids, count, num_items, Q):
+    """Ids of a prompt whose vectors come after `count` others: entity I + n becomes I + n +
+    count."""
+    first = SOFT_BASE + num_items * Q
+    return [i + count * Q if i >= first else i for i in ids]
+
+
+def pack(examples, num_items=0, Q=1):
+    """Examples (prompt, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a
+    branch for each example.
+
+        trunk     A B C                      the longest prompt, as far as others share it
+        branch 1  A | . Next for u: B        sees A and itself
+        branch 2  A B | . Next for u: C      sees A B and itself
+        branch 3  A B C | . Next for u: D
+
+    Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy
+    world). A branch repeats its prompt's last token, since that is the one that predicts the
+    target.
+
+    num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position
+    (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of
+    the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no
+    target)."""
+    # The vectors of all prompts, one after the other
+    cf, prompts = [], []
+    for prompt, *_ in examples:
+        prompts.append(shifted(prompt, len(cf), num_items, Q))
+        cf += getattr(prompt, "cf", [])
+
+    # How many tokens of the longest prompt each begins with, its own last one aside
+    longest, shared = max(prompts, key=len), []
+    for prompt in prompts:
+        common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
+        shared.append(min(common, len(prompt) - 1))
+    trunk = max(shared)
+    row = {
+        "cf": cf,
+        "ids": longest[:trunk],
+        "position": list(range(trunk)),
+        "branch": [0] * trunk,
+        "attach": [0] * trunk,
+        "label": [-100] * trunk,
+        "node": [-1] * trunk,
+    }
+
+    # The branches: what is left of each prompt, and the target but for its last token
+    for number, (example, prompt, n) in enumerate(zip(examples, prompts, shared), 1):
+        target = example[1]
+        nodes = example[2] if len(example) > 2 else [-1] * len(target)
+        before = len(prompt) - n - 1  # tokens of the branch that predict nothing that counts
+        length = before + len(target)
+        row["ids"] += (prompt[n:] + target)[:-1]
+        row["position"] += range(n, n + length)
+        row["branch"] += [number] * length
+        row["attach"] += [n] * length
+        row["label"] += [-100] * before + target
+        row["node"] += [-1] * before + nodes
+    return row
+
+
+def collate(rows, num_items=0, Q=1):
+    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1),
+    without labels. "cf" is the list of all rows' vectors, one row after the other."""
+    padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
+    shape = len(rows), max(len(row["ids"]) for row in rows)
+    arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
+    first, cf = SOFT_BASE + num_items * Q, []
+    for r, row in enumerate(rows):
+        for key in padding:
+            arrays[key][r, : len(row[key])] = row[key]
+        ids = arrays["ids"][r]
+        ids[ids >= first] += len(cf) * Q
+        cf += row["cf"]
+    return {**{key: torch.from_numpy(array) for key, array in arrays.items()}, "cf": cf}
+
+
+# ---- Who may see whom there ----------------------------------------------------------------------
+
+
+def packed_attention(batch):
+    """The mask of packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands
+    before it in its own branch, and the part of the trunk before its branch left:
+
+        key      A B C | . u | . u | . u
+        trunk C  x x x   . .   . .   . .
+        . u of 1 x . .   x x   . .   . .       branch 1 left after A
+        . u of 2 x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1
+
+    (" . u " stands for the end of a prompt, as in "So far: A, B. Next for user u"; within a branch,
+    too, no token sees the next.)"""
+    branch, position, attach = batch["branch"], batch["position"], batch["attach"]
+    L = branch.shape[1]
+    earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
+    own = (branch[:, :, None] == branch[:, None, :]) & earlier
+    trunk = (branch[:, None, :] == 0) & (position[:, None, :] < attach[:, :, None])
+    return (own | trunk)[:, None]
+
+
+def unpacked(batch):
+    """Yield every branch of packed rows as an example of its own, in order: where its prompt stands
+    in the rows, laid end to end (P,), and its target ids (T,)."""
+    parts = zip(*(batch[key] for key in ("ids", "position", "branch", "attach", "label")))
+    for row, (ids, position, branch, attach, label) in enumerate(parts):
+        for number in range(1, int(branch.max()) + 1):
+            own = (branch == number).nonzero()[:, 0]
+            first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
+            trunk = ((branch == 0) & (position < attach[own[0]])).nonzero()[:, 0]
+            yield row * len(ids) + torch.cat([trunk, own[: first + 1]]), label[own[first:]]
+
+
+def target_states(llm, embeddings, batch):
+    """Embeddings (B, L, hidden) of an indexed batch of packed rows -> the last hidden states (T,
+    hidden) that predict its targets. An LLM that cannot be packed reads the examples one by one, by
+    the definition: a prompt's soft tokens are the same wherever they stand."""
+    flat = embeddings.flatten(0, 1)
+    if llm.packs:
+        hidden = llm.body(embeddings, packed_attention(batch), batch["position"])
+        return hidden.flatten(0, 1).index_select(0, batch["target"])
+    places, targets = zip(*unpacked(batch))
+    place = pad_sequence(places, True, -1, llm.side)
+    kept = llm.read(flat[place.clamp(min=0)], place >= 0)
+    return llm.states(kept, targets)
+
+
+# ---- What a batch is to the device, worked out on the CPU, so that the device is never asked -----
+
+
+def index(batch, trie, num_items, Q):
+    """All that ILM.forward has to know of a collated batch: its soft tokens and its targets."""
+    batch = dict(batch)
+    cf, label = batch.pop("cf"), batch["label"].flatten()
+    target = (label >= 0).nonzero()[:, 0]
+    targets = index_targets(trie, label[target], batch["node"].flatten()[target])
+    return batch | {"target": target} | soft_index(batch["ids"], cf, num_items, Q) | targets
+
+
+def soft_index(ids, cf, num_items, Q):
+    """Where the soft tokens of ids (B, L) stand and what they are. cf [(E,), ...]: the vectors of
+    entities I, I + 1, ... -> a dict of tensors, empty where there is no soft token."""
+    flat = ids.flatten()
+    place = (flat >= SOFT_BASE).nonzero()[:, 0]
+    if not len(place):
+        return {}
+
+    # Each entity is encoded once, however often it occurs; users come last, since unique sorts
+    slot = flat[place] - SOFT_BASE
+    entity, inverse = torch.unique(slot // Q, return_inverse=True)
+    users = (entity[entity >= num_items] - num_items).tolist()
+    return {
+        "soft_place": place,
+        "soft_token": inverse * Q + slot % Q,
+        "soft_item": entity[entity < num_items],
+        "soft_cf": pad_sequence([cf[n] for n in users], True) if users else torch.zeros(0, 0),
+    }
+
+
+def index_targets(trie, token, node):
+    """What ILM.log_p has to know of target tokens (T,): which of them are words of a text (node
+    -1), and of those that are part of a name all children of their nodes (T,), among which p is
+    divided, and which child is meant."""
+    words, named = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
+    parent, child = trie.children(node[named])
+    hit = (trie.token[child] == token[named][parent]).nonzero()[:, 0]
+    found = {"words": words, "word": token[words], "named": named}
+    return found | {"parent": parent, "child": child, "hit": hit}
+
+
+def index_prompts(prompts, side, num_items, Q):
+    """Prompts -> their ids and mask (B, L), padded on one side, and their soft tokens."""
+    rows, cf = [], []
+    for prompt in prompts:
+        rows.append(torch.tensor(shifted(prompt, len(cf), num_items, Q)))
+        cf += getattr(prompt, "cf", [])
+    ids = pad_sequence(rows, True, 0, side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    return {"ids": ids, "mask": mask} | soft_index(ids, cf, num_items, Q)
