@@ -135,8 +135,7 @@ class SideBySide:
 
 
 class OneByOne:
-    """The simple path, for every LLM: a prefix is a row, read from its start, 512 of them at a
-    time."""
+    """The simple path, for every LLM: a prefix is a row, read from its start."""
 
     def __init__(self, model, prompts):
         self.llm, self.kept = model.llm, model.llm.read(*model.embed_prompts(prompts))
@@ -151,7 +150,7 @@ class OneByOne:
 
     def read(self, token, parent, user, column):
         self.path = torch.cat([self.path[parent], token[:, None]], 1)
-        parts = zip(self.path.split(512), user.split(512))
+        parts = zip(self.path.split(512), user.split(512))  # rows at a time
         self.hidden = torch.cat([self.after(*part) for part in parts])
 
 
@@ -168,9 +167,9 @@ def best_of_each(user, score, n):
     return order[place < n], place[place < n]
 
 
-def continuations(model, trie, hidden, node):
-    """States (N, width) after prefixes that have come to nodes (N,) -> all that may follow: of
-    which prefix (M,), the child (M,), its log p (M,)."""
+def continuations(model, trie, hidden, node, score):
+    """States (N, width) after prefixes that have come to nodes (N,) with scores (N,) -> all that may
+    follow: of which prefix (M,), the child (M,), its score (M,)."""
     parent, child = trie.children(node)
     allowed, column = trie.token[child].unique(return_inverse=True)
     logit = model.llm.head(hidden, allowed)[parent, column]
@@ -179,7 +178,7 @@ def continuations(model, trie, hidden, node):
         total = segment_logsumexp(logit, parent, len(node))
     else:
         total = model.llm.head(hidden).logsumexp(1)
-    return parent, child, logit, total[parent]
+    return parent, child, score[parent] + logit - total[parent]
 
 
 @torch.no_grad()
@@ -202,8 +201,8 @@ def search(model, prompts, trie, beams=None, taken=None):
     score = torch.zeros(B, device=device)
     found = user[:0], node[:0], score[:0]  # user, item, score
     while len(node):
-        parent, child, logit, total = continuations(model, trie, reader.hidden, node)
-        user, score, item = user[parent], score[parent] + logit - total, trie.item[child]
+        parent, child, score = continuations(model, trie, reader.hidden, node, score)
+        user, item = user[parent], trie.item[child]
 
         # The `beams` best finished names of each user, and the last of them, once there are so many
         done = (item >= 0) & ~taken[user, item]
