@@ -267,7 +267,8 @@ def test_log_perplexity_is_that_of_the_examples_one_by_one(make_ilm):
     for task in instances:
         for t in instances[task]:
             prompt, target = examples.text(t)
-            words = model.head(model.states([prompt], [target])).log_softmax(1)
+            kept = model.llm.read(*model.embed_prompts([prompt]))
+            words = model.llm.head(model.llm.states(kept, [target])).log_softmax(1)
             nll = -words.gather(1, torch.tensor(target)[:, None])
             nats, tokens = nats + nll.sum().item(), tokens + len(target)
             of_task.setdefault(task, []).extend(nll[:, 0].tolist())
