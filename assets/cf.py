@@ -7,12 +7,13 @@ the weight that falls with every step back is ours.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from assets.fast.als import length_batches, prefix_sums, solve_short_rows
+from assets.fast.als import length_batches, solve_prefixes, solve_short_rows
 
 # ---- Implicit ALS ------------------------------------------------------------
 
@@ -134,6 +135,12 @@ class UserSolver:
         self.item_cf, self.settings, self.recency = item_cf, settings, settings.recency
         self.gram = item_cf.T @ item_cf if gram is None else gram
 
+    @cached_property
+    def axes(self):
+        """Eigenvalues (E,) and eigenvectors (E, E) of Y'Y."""
+        eigenvalues, basis = torch.linalg.eigh(self.gram)
+        return eigenvalues.clamp(min=0), basis
+
     def still(self):
         """The same for users whose taste stands still: order does not matter, as in ALS itself."""
         return UserSolver(self.item_cf, replace(self.settings, recency=1.0), self.gram)
@@ -150,9 +157,10 @@ class UserSolver:
     def before(self, history, places):
         """One user's history (H,) -> their vectors (n, E) before each place (n,) of it: those of
         of_histories for n prefixes."""
-        Y = self.item_cf.numpy()[np.asarray(history, dtype=np.int64)]
-        sums = prefix_sums(Y, places, self.recency)
-        return solve_rows(self.gram, *sums, self.settings, len(self.item_cf))
+        if not len(places):
+            return torch.zeros(0, self.item_cf.shape[1])
+        Y = self.item_cf[torch.as_tensor(np.asarray(history, dtype=np.int64))]
+        return solve_prefixes(Y, [int(place) for place in places], self)
 
     def without(self, history, places):
         """One user's history (H,) -> (n, E): vectors from all of it but the item at each place
