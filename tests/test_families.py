@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import data
+from assets.run import print_parameters
 from ilm import SOFT_BASE, load_ilm
-from train_stage1 import print_parameters
 from train_stage2 import Examples
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
