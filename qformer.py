@@ -488,10 +488,10 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
     key (B,): equal for items of equal text. Position 0 of ids is [CLS], to compare or match; dec is
     the token that takes its place to write.
     """
-    own = gather.rank * len(cf) + torch.arange(len(cf), device=cf.device)
-    all_cf, all_ids, all_mask = gather(cf), gather(ids), gather(mask)
+    own = gather.rank * len(cf) + torch.arange(len(cf), device=cf.device)  # its rows among all
+    everything = gather(cf), gather(ids), gather(mask)
     duplicates = find_duplicates(gather(key), gather(key))
-    temperature = model.bounded_temperature()
+    temperature, losses = model.bounded_temperature(), {}
 
     # One pass for two losses: queries never see the text in the causal pattern, so that ITC can
     # compare what ITG writes from
@@ -499,27 +499,25 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
     queries, written = model(cf, dec_ids, mask, "causal")
 
     # ITC: an item finds its text among the batch's, and a text its item
-    item_features = gather(model.query_features(queries))
-    text_features = gather(model.text_features(ids, mask))
-    similarity = item_text_similarity(item_features, text_features)  # (B, B)
-    itc = contrastive_loss(similarity, temperature, duplicates, label_smoothing=0.1)
+    queries = gather(model.query_features(queries))  # (B, Q, P)
+    texts = gather(model.text_features(ids, mask))  # (B, P)
+    similarity = item_text_similarity(queries, texts)  # (B, B)
+    losses["itc"] = contrastive_loss(similarity, temperature, duplicates, label_smoothing=0.1)
 
     # ITM: true pairs, items with a confusable wrong text, texts with a confusable wrong item
-    logits = similarity / temperature
-    wrong_text = hard_negatives(logits, duplicates, generator)
-    wrong_item = hard_negatives(logits.T, duplicates.T, generator)
+    wrong_text = hard_negatives(similarity / temperature, duplicates, generator)
+    wrong_item = hard_negatives(similarity.T / temperature, duplicates.T, generator)
     item = torch.cat([own, own, wrong_item[own]])  # (3B,)
     text = torch.cat([own, wrong_text[own], own])
     labels = (item == text) | duplicates[item, text]
-    itm = itm_loss(model.match_logits(all_cf, all_ids, all_mask, item, text), labels.long())
+    losses["itm"] = itm_loss(model.match_logits(*everything, item, text), labels.long())
 
     # ITG: write the text from the queries. The mean is over the tokens of all processes, whose
     # gradients are averaged: so the sum is divided by the tokens of a process on average
     states, targets = next_tokens(written, ids, mask)
     total, count = itg_loss(model.lm_logits(states), targets)
-    itg = total / gather(count).float().mean()
-
-    return {"itc": itc, "itm": itm, "itg": itg}
+    losses["itg"] = total / gather(count).float().mean()
+    return losses
 
 
 def pair_loss(model, left_cf, right_cf, left_key, right_key, gather=Alone()):

@@ -132,7 +132,6 @@ class Batches:
         items = np.array(dataset.items_in("train"))
         self.items = share_of(items, args.text_fraction, args.seed)
         self.with_text = not {*args.losses} <= {*PAIR_LOSSES}
-        self.with_pairs = not {*args.losses} <= {*TEXT_LOSSES}
 
     def size(self, choices):
         return min(self.args.batch_size, len(choices)) // self.world * self.world
@@ -269,11 +268,10 @@ def main():
 
         # -- evaluate and save; without text losses the latest checkpoint is the best
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
-            valid = {}
-            if batches.with_text:
-                valid = evaluate_texts(model, dataset, texts, valid_items, device)
-            loss = sum(valid[name] for name in args.losses if name in valid)
-            run.save(step, loss if valid else -step)
+            held_out = (dataset, texts, valid_items, device)
+            valid = evaluate_texts(model, *held_out) if batches.with_text else {}
+            chosen_by = sum(valid[name] for name in args.losses if name in valid)
+            run.save(step, chosen_by if valid else -step)
             run.log_validation(step, valid)
         if step == args.steps:
             break

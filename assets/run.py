@@ -228,7 +228,7 @@ class RunDirectory:
     def __init__(self, args, config, tokenizer=None):
         self.path, self.args, self.config, self.tokenizer = Path(args.out), args, config, tokenizer
         self.start, self.best, self.targets = 0, math.inf, 0  # step, loss, target tokens
-        self.state, self.validated = None, None  # validated: at `start`, where that was logged
+        self.state, self.validated = None, None  # the step of the log's last line
         self.begun, self.writes = args.resume, process()[0] == 0
         end_move(self.path, tidy=self.writes)
         if args.resume:
@@ -244,10 +244,20 @@ class RunDirectory:
             self.state, self.start, self.best = state, state["step"], state["best"]
             self.targets = state["targets"]
             # What a full disk has cut off is no line
-            lines = (self.path / "log.jsonl").read_text().split("\n")[:-1]
-            rows = [(json.loads(line), line) for line in lines]
+            log = [json.loads(x) for x in (self.path / "log.jsonl").read_text().split("\n")[:-1]]
+            done = [row for row in log if (row["step"], "seconds" not in row) < (self.start, True)]
             if same_fingerprint(before["fingerprint"], self.config["fingerprint"]):
                 before["fingerprint"] = self.config["fingerprint"]  # rounded elsewhere
+            self.check_flags(before)
+        if self.writes:
+            # What comes again leaves the log, but for a validation of these very weights
+            self.validated = done[-1]["step"] if done else None
+            kept = "".join(json.dumps(row) + "\n" for row in done)
+            write_file(self.path / "log.jsonl", lambda f: f.write_text(kept))
+            if before.get("steps") != self.config["steps"]:
+                write_file(self.path / "config.json", self.write_config)
+
+    def check_flags(self, before):
         if self.args.steps < self.start:
             raise InputError(
                 f"--resume: {self.path} has reached step {self.start}; --steps {self.args.steps} "
@@ -259,19 +269,6 @@ class RunDirectory:
                 f"--resume: {self.path}/config.json has another {', '.join(changed)}; "
                 "give the same arguments"
             )
-
-        # Steps that come again leave the log, but for a validation of the very weights
-        kept = ""
-        for row, line in rows:
-            validated = row["step"] == self.start and "seconds" in row
-            if row["step"] < self.start or validated:
-                kept += line + "\n"
-            if validated:
-                self.validated = self.start
-        if self.writes:
-            write_file(self.path / "log.jsonl", lambda f: f.write_text(kept))
-        if self.writes and before["steps"] != self.config["steps"]:
-            write_file(self.path / "config.json", self.write_config)
 
     def write_config(self, file):
         file.write_text(json.dumps({**self.config, "commit": commit()}, indent=1))

@@ -4,7 +4,7 @@ from assets.guard import InputError
 
 
 def check_stage1(args, batches, valid_items):
-    if batches.with_pairs and not len(batches.pairs.users):
+    if {"ii", "ui"} & {*args.losses} and not len(batches.pairs.users):
         raise InputError(
             f"{args.data}: no user has two training items (4 interactions), as ii and ui need; "
             "use --losses itc itm itg"
