@@ -31,7 +31,7 @@ from assets.bert import read_bert, start_from
 from assets.fast.matching import ComputesLess
 from assets.guard import Parser
 from assets.plumbing.checks import check_stage1
-from assets.plumbing.flags import add_number, add_qformer_flags, add_run_flags, settled
+from assets.plumbing.flags import add_number, add_qformer_flags, add_run_flags, settled, shape_of
 from assets.plumbing.texts import Texts, share_of
 from assets.run import (
     Gather,
@@ -232,10 +232,8 @@ def set_up_model(args, dataset, device):
     config = QFormerConfig(
         cf_dim=dataset.item_cf.shape[1],
         vocab_size=len(tokenizer) + 4,
-        num_queries=args.num_queries,
-        width=args.width,
-        layers=args.layers,
         heads=bert.config.num_attention_heads if bert else 0,
+        **shape_of(args),
     )
     model = FastQFormer(config)
     if bert:

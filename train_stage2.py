@@ -1,21 +1,26 @@
-"""Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
+"""Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains
+every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about two minutes
-    python train_stage2.py --method mlp --lr 1e-2                          # CoLLM's two-layer MLP in place of the Q-Former
-    python train_stage2.py --method ilm-rand --lr 4e-3                     # a Q-Former that skipped stage 1
-    python train_stage2.py --mix 0 0 1                                     # text tasks alone, as the paper trains its ELM-24 table
-    python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
-    python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
+    python train_stage2.py                             # ILM on the toy world, CPU: two minutes
+    python train_stage2.py --method mlp --lr 1e-2      # CoLLM's two-layer MLP for the Q-Former
+    python train_stage2.py --method ilm-rand --lr 4e-3 # a Q-Former that skipped stage 1
+    python train_stage2.py --mix 0 0 1                 # text tasks alone, as the paper's ELM-24
+    python train_stage2.py --method text --train-llm   # OpenP5's way: names only, the LLM trains
+    python train_stage2.py --data data/ml-1m --llm org/model      # writes out/ml-1m/ilm
 
-The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION: where it is an item's name, p of each
-token is divided among the tokens that the catalogue allows there, exactly as when evaluate.py ranks: nothing is spent on spelling, and
-a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient reaches item
-encoder and adapter through the frozen LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at random per
-micro-step, whose rows have like lengths:
-    sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
-    straightforward   a user alone: up to 20 of their training items, each asked for at its own moment
-    text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
-The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
+The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION:
+where it is an item's name, p of each token is divided among the tokens that the catalogue allows
+there, exactly as when evaluate.py ranks. Nothing is spent on spelling, and a name ends where it is
+decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient
+reaches item encoder and adapter through the frozen LLM, which stays as it is but for --train-llm.
+
+Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
+    sequential        a window of a user's history: *every* position is a target, packed in one row
+    straightforward   a user alone: up to 20 of their training items, each at its own moment
+    text              an instance of tasks.jsonl: describe an item from its soft tokens, unnamed
+
+The skeleton is train_stage1.py's; a diff of the two loops shows what is different.
+"""
 
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +41,7 @@ from assets.plumbing.flags import (
     add_switch,
     refuse_unused,
     settled,
+    shape_of,
     within,
 )
 from assets.plumbing.texts import Texts, share_of
@@ -370,8 +376,7 @@ def load_stage1(run, dataset, device):
 def make_config(args, dataset):
     """What a run is, as written to config.json: enough to build the model again. Returns it and the
     stage-1 Q-Former, if any."""
-    shape = {"num_queries": args.num_queries, "layers": args.layers, "width": args.width}
-    given = {name: value for name, value in shape.items() if value is not None}
+    given = shape_of(args)
     if args.method == "ilm":
         qformer, _, stage1 = load_stage1(args.stage1, dataset, torch.device("cpu"))
         known = stage1["qformer"]
@@ -436,10 +441,9 @@ def main():
     shares, held_out = set_up_data(args, examples)
     parallel = distribute(model, world if args.steps else 1)
     optimizer = make_optimizer(model, args.lr)
-    # Precision, as model.autocast() has it: bf16 on a card that has it, fp16 with a scaler on one
-    # that has not; fp32 on a CPU
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    # Precision: bf16 on a card that has it, fp16 with a scaler on one that has not; fp32 on a CPU
     on_gpu = device.type == "cuda"
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
     run.restore(model.saved_parameters(), optimizer, scaler)
     drawn = drawn_ahead(partial(draw_batches, examples, shares, args), run.start, args.steps)
@@ -458,14 +462,14 @@ def main():
             break
         run.stop_if_asked(step, seen_targets)
 
-        # -- losses: over all target tokens of the step's micro-batches, a mean
+        # -- losses: the mean over all target tokens of the step's micro-batches
         seed, kinds, batches = next(drawn)
         torch.manual_seed(seed + rank)
         (targets,) = sum_over_processes(sum(len(batch["target"]) for batch in batches))
         loss, losses = 0.0, {}
         for k, (kind, batch) in enumerate(zip(kinds, batches), 1):
             with averaging(parallel, k == len(batches)):
-                with model.autocast():
+                with model.autocast():  # as above, but for T5, which overflows fp16
                     total, nll = parallel(batch)
                 part = total * world / targets
                 scaler.scale(part).backward()

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -131,3 +132,11 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
 def test_a_smaller_share_of_items_is_part_of_a_larger_one():
     small, large, whole = (train_stage1.share_of(range(5, 60), fraction, seed=1).tolist() for fraction in (0.1, 0.5, 1))
     assert len(small) == 6 and set(small) < set(large) and whole == [*range(5, 60)]
+
+
+def test_the_logged_loss_is_the_sum_that_is_optimised(toy, tmp_path, monkeypatch):
+    argv = ["--data", str(toy), "--out", str(tmp_path), *SMALL, "--steps", "1", "--losses", "itc", "itg", "ui"]
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    train_stage1.main()
+    row = next(row for row in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in row)
+    assert row["loss"] == pytest.approx(row["itc"] + row["itg"] + row["ui"], abs=2e-5) and not {"itm", "ii"} & {*row}

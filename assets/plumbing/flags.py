@@ -61,6 +61,12 @@ def add_qformer_flags(p, **defaults):
     return shape
 
 
+def shape_of(args):
+    """What was said of the shape of the Q-Former."""
+    shape = {name: getattr(args, name) for name in ("num_queries", "layers", "width")}
+    return {name: value for name, value in shape.items() if value is not None}
+
+
 def refuse_unused(args):
     """A flag that --method does not read is a mistake."""
     for name in NOT_WITH.get(args.method, ()):
