@@ -1,27 +1,29 @@
-"""Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains every baseline of the tables.
+"""Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains
+every baseline of the tables.
 
-    python train_stage2.py                                                 # ILM on the toy world, CPU: about two minutes
-    python train_stage2.py --method mlp --lr 1e-2                          # CoLLM's two-layer MLP in place of the Q-Former
-    python train_stage2.py --method ilm-rand --lr 4e-3                     # a Q-Former that skipped stage 1
-    python train_stage2.py --mix 0 0 1                                     # text tasks alone, as the paper trains its ELM-24 table
-    python train_stage2.py --method text --train-llm                       # OpenP5's way: names only, the LLM itself is trained
-    python train_stage2.py --data data/ml-1m --llm org/model               # reads out/ml-1m/stage1, writes out/ml-1m/ilm
+    python train_stage2.py                             # ILM on the toy world, CPU: two minutes
+    python train_stage2.py --method mlp --lr 1e-2      # CoLLM's two-layer MLP for the Q-Former
+    python train_stage2.py --method ilm-rand --lr 4e-3 # a Q-Former that skipped stage 1
+    python train_stage2.py --mix 0 0 1                 # text tasks alone, as the paper's ELM-24
+    python train_stage2.py --method text --train-llm   # OpenP5's way: names only, the LLM trains
+    python train_stage2.py --data data/ml-1m --llm org/model      # writes out/ml-1m/ilm
 
-The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION: where it is an item's name, p of each
-token is divided among the tokens that the catalogue allows there, exactly as when evaluate.py ranks: nothing is spent on spelling, and
-a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient reaches item
-encoder and adapter through the frozen LLM, which stays as it is but for --train-llm. Three kinds of batches, drawn at random per
-micro-step, whose rows have like lengths:
-    sequential        a window of a user's history: *every* position is a target, packed in one row (pack)
-    straightforward   a user alone: up to 20 of their training items, each asked for at its own moment
-    text              an instance of tasks.jsonl: describe an item from its soft tokens, without its name
-The skeleton is train_stage1.py's; a diff of the two loops shows what is different."""
+The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION:
+where it is an item's name, p of each token is divided among the tokens that the catalogue allows
+there, exactly as when evaluate.py ranks. Nothing is spent on spelling, and a name ends where it is
+decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient
+reaches item encoder and adapter through the frozen LLM, which stays as it is but for --train-llm.
 
-import argparse
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
+    sequential        a window of a user's history: *every* position is a target, packed in one row
+    straightforward   a user alone: up to 20 of their training items, each at its own moment
+    text              an instance of tasks.jsonl: describe an item from its soft tokens, unnamed
+
+The skeleton is train_stage1.py's; a diff of the two loops shows what is different.
+"""
+
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +31,33 @@ import torch
 from transformers import AutoTokenizer
 
 from assets.fast.packing import SOFT_BASE, collate, index, pack
-from assets.guard import InputError, Parser, reading, within
+from assets.guard import InputError, Parser, reading
+from assets.plumbing.enough import check_stage2
+from assets.plumbing.flags import (
+    add_choice,
+    add_number,
+    add_qformer_flags,
+    add_run_flags,
+    add_switch,
+    refuse_unused,
+    settled,
+    shape_of,
+    within,
+)
+from assets.plumbing.texts import Texts, share_of
 from assets.run import (
     RunDirectory,
+    averaging,
     check_fingerprint,
     check_step,
+    describe,
     distribute,
-    fingerprint,
+    drawn_ahead,
     from_pretrained,
+    introduce,
     load_weights,
+    mean_over_processes,
     own_rows,
-    precision,
     process,
     progress,
     read_config,
@@ -51,19 +69,10 @@ from assets.run import (
 from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
 from ilm import CHAT_DATE, PRIORS, Prompt, build_ilm
 from qformer import QFormer, QFormerConfig
-from train_stage1 import (
-    LOCAL_ARGS,
-    Texts,
-    add_qformer_args,
-    add_training_args,
-    clip_and_step,
-    make_optimizer,
-    print_parameters,
-    set_learning_rate,
-    share_of,
-)
+from train_stage1 import clip_and_step, make_optimizer, set_learning_rate
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
+KINDS = ("sequential", "straightforward", "text")
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) --------------------
@@ -227,7 +236,8 @@ class Examples:
 
 @torch.no_grad()
 def held_out_losses(model, held_out):
-    """{kind: mean loss}. text: -log p a target token. Ranking: -log p(next item), nats a user; a uniform guess has ln I."""
+    """{kind: mean loss}. text: -log p a target token. Ranking: -log p(next item), nats a user; a
+    uniform guess has ln I."""
     model.eval()
     losses, (rank, world) = {}, process()
     for kind, batches in held_out.items():
@@ -235,289 +245,187 @@ def held_out_losses(model, held_out):
         for batch in batches[rank::world]:  # every user is validated once, by one process
             with model.autocast():
                 value, nll = model(batch)
-            total, count = (
-                total + value.double(),
-                count + (len(nll) if kind == "text" else len(batch["ids"])),
-            )
+            total += value.double()
+            count += len(nll) if kind == "text" else len(batch["ids"])
         total, count = sum_over_processes(float(total), count)
         losses[kind] = total / count
     model.train()
     return losses
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__.split("\n\n")[0])
+    add_run_flags(p, "ilm", steps=160, batch_size=16, lr=2e-3, rows=1)
+    # Of ilm-rand and mlp; the shape of ilm is its stage-1 run's
+    shape = add_qformer_flags(p)
+    window = "W, items of a user's history read beside their vector [20]"
+    shape.add_argument("--history", type=within(int, 0, 200), help=window)
+    shape.add_argument("--stage1", help="run of train_stage1.py for --method ilm [out/NAME/stage1]")
+    add_switch(shape, "--shuffle-cf", "a control: the CF vectors of other items and users")
+
+    model = p.add_argument_group("model")
+    add_choice(model, "--method", METHODS, "what stands for items and users")
+    model.add_argument("--llm", default="assets/toy_llm", help="folder or hub id [assets/toy_llm]")
+    add_switch(model, "--train-llm", "train the LLM as well")
+    names = "title, random, or a file of lines `id name`, as OpenP5's index files [title]"
+    model.add_argument("--item-names", default="title", metavar="title|random|FILE", help=names)
+    add_number(model, "--name-tokens", 0, "cut names to so many, keeping them unique; 0: whole", 0)
+    histories = "histories of the soft methods"
+    add_choice(model, "--prompt-items", ("names+tokens", "tokens"), histories)
+    templates = "templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]"
+    model.add_argument("--prompts", metavar="FILE", help=templates)
+    add_switch(model, "--full-vocabulary", "names compete with all tokens")
+    add_choice(model, "--prior", PRIORS, "added in the trie to the LLM's opinion of names")
+    add_choice(model, "--temperature", ("learned", "fixed"), "how loud the LLM is there; fixed: 1")
+
+    training = p.add_argument_group("objective")
+    shares = "share of batches of each kind (a step's loss is a mean over tokens) [.3 .5 .2]"
+    three = {"nargs": 3, "metavar": ("SEQ", "STR", "TEXT"), "default": [0.3, 0.5, 0.2]}
+    training.add_argument("--mix", type=within(float, 0), help=shares, **three)
+    add_number(training, "--text-fraction", 1.0, "share of training items with texts", 1e-6, 1)
+    add_number(training, "--accumulate", 2, "micro-batches a step, each of one kind", 1)
+    add_number(training, "--valid-users", 128, "users of each validation", 1)
+
+    args = p.parse_args(argv)
+    refuse_unused(args)
+    args.history = 20 if args.history is None else args.history
+    if args.method == "ilm":
+        args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
+    if not sum(args.mix):
+        raise InputError("--mix: the shares must not all be 0")
+    load_prompts(args.prompts)  # a mistake in it is said before the LLM is loaded
+    return settled(args, args.method, validations=6)
 
 
 def load_stage1(run, dataset, device):
     """A trained Q-Former, its texts and its config from a run directory."""
-    check_fingerprint(config := read_config(run, "stage1"), dataset, run)
+    config = read_config(run, "stage1")
+    check_fingerprint(config, dataset, run)
     with reading(Path(run) / "config.json", "train stage 1 again"):
         model = QFormer(QFormerConfig(**config["qformer"]))
     load_weights(dict(model.named_parameters()), Path(run) / "model.safetensors")
-    texts = Texts(
-        dataset,
-        from_pretrained(AutoTokenizer, str(Path(run) / "tokenizer"), "--stage1"),
-        config["qformer"]["max_text"],
-    )
+    tokenizer = from_pretrained(AutoTokenizer, str(Path(run) / "tokenizer"), "--stage1")
+    texts = Texts(dataset, tokenizer, config["qformer"]["max_text"])
     return model.to(device).eval(), texts, config
 
 
-def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n")[0])
-    add_training_args(p, "ilm", steps=160, batch_size=16, lr=2e-3)
-    add_qformer_args(p)  # of ilm-rand and mlp; those of ilm are its stage-1 run's
-    p.add_argument(
-        "--history",
-        type=within(int, 0, 200),
-        default=20,
-        help="W, items of a user's history that the encoder reads beside their vector [20]",
-    )
-    p.add_argument(
-        "--accumulate",
-        type=within(int, 1),
-        default=2,
-        help="micro-batches a step, each of one kind; a mean over tokens [2]",
-    )
-    p.add_argument("--method", default="ilm", choices=METHODS, help="[ilm]")
-    p.add_argument(
-        "--stage1", help="run directory of train_stage1.py, for --method ilm [out/NAME/stage1]"
-    )
-    p.add_argument(
-        "--llm",
-        default="assets/toy_llm",
-        help="folder or hub id of an LLM, decoder-only or encoder-decoder [assets/toy_llm]",
-    )
-    p.add_argument(
-        "--train-llm",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train the LLM as well [no: it is frozen]",
-    )
-    p.add_argument(
-        "--item-names",
-        default="title",
-        metavar="title|random|FILE",
-        help="names in prompts and targets; a file has lines `id name`, as OpenP5's index files [title]",
-    )
-    p.add_argument(
-        "--name-tokens",
-        type=within(int, 0),
-        default=0,
-        help="cut names to so many tokens, keeping them unique [0: whole]",
-    )
-    p.add_argument(
-        "--prompt-items",
-        default="names+tokens",
-        choices=["names+tokens", "tokens"],
-        help="histories of the soft methods",
-    )
-    p.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]",
-    )
-    p.add_argument(
-        "--full-vocabulary",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="names compete with all tokens [no]",
-    )
-    p.add_argument(
-        "--prior",
-        default="popularity",
-        choices=PRIORS,
-        help="what is added in the trie to the LLM's opinion of names [popularity]",
-    )
-    p.add_argument(
-        "--temperature",
-        default="learned",
-        choices=["learned", "fixed"],
-        help="how loud the LLM is there; fixed: 1 [learned]",
-    )
-    p.add_argument(
-        "--shuffle-cf",
-        action="store_true",
-        help="a control: train on the CF vectors of other items and users",
-    )
-    p.add_argument(
-        "--valid-users", type=within(int, 1), default=128, help="users of each validation [128]"
-    )
-    p.add_argument(
-        "--text-fraction",
-        type=within(float, 1e-6, 1),
-        default=1.0,
-        help="share of training items with text tasks [1]",
-    )
-    p.add_argument(
-        "--mix",
-        type=within(float, 0),
-        nargs=3,
-        default=[0.3, 0.5, 0.2],
-        metavar=("SEQ", "STR", "TEXT"),
-        help="share of batches of each kind (not of target tokens, over which a step's loss is the mean) [.3 .5 .2]",
-    )
-    args = p.parse_args(argv)
-    args.out = args.out or f"out/{Path(args.data).name}/{args.method}"
-    args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
-    if not sum(args.mix):
-        raise InputError("--mix: the shares must not all be 0")
-    load_prompts(args.prompts)  # a mistake in it is said before the LLM is loaded
-    return args
-
-
 def make_config(args, dataset):
-    """What a run is, as written to config.json: enough to build the model again. Returns it and the stage-1 Q-Former, if any."""
-    qformer, shape = (
-        None,
-        {"num_queries": args.num_queries, "layers": args.layers, "width": args.width},
-    )
+    """What a run is, as written to config.json: enough to build the model again. Returns it and the
+    stage-1 Q-Former, if any."""
+    given = shape_of(args)
     if args.method == "ilm":
         qformer, _, stage1 = load_stage1(args.stage1, dataset, torch.device("cpu"))
-        for name, value in shape.items():
-            if value not in (None, stage1["qformer"][name]):
+        known = stage1["qformer"]
+        for name, value in given.items():
+            if value != known[name]:
                 raise InputError(
-                    f"--{name.replace('_', '-')} {value}: the stage-1 run {args.stage1} has {stage1['qformer'][name]}; "
-                    "leave it out, or train stage 1 again"
+                    f"--{name.replace('_', '-')} {value}: the stage-1 run {args.stage1} has "
+                    f"{known[name]}; leave it out, or train stage 1 again"
                 )
-        qformer_config = stage1["qformer"]
     else:
-        given = {k: v for k, v in shape.items() if v is not None}
-        qformer_config = asdict(
-            QFormerConfig(cf_dim=dataset.item_cf.shape[1], vocab_size=1, **given)
-        )
-    qformer_config = qformer_config | {
-        "dropout": 0.0,
-        "history": args.history,
-    }  # DEVIATION: BLIP-2 keeps .1; here the soft tokens underfit, noise only slows them
-    given = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
-    return {
-        **given,
-        "kind": "stage2",
-        "stage1": args.stage1 if args.method == "ilm" else None,
-        "qformer": qformer_config,
-        "num_queries": qformer_config["num_queries"],
-        "fingerprint": fingerprint(dataset),
-        "chat_date": CHAT_DATE,
-    }, qformer
+        cf_dim, qformer = dataset.item_cf.shape[1], None
+        known = asdict(QFormerConfig(cf_dim=cf_dim, vocab_size=1, **given))
+    # DEVIATION: BLIP-2 keeps dropout .1; here the soft tokens underfit, noise only slows them
+    known |= {"dropout": 0.0, "history": args.history}
+    more = {"kind": "stage2", "qformer": known, "num_queries": known["num_queries"]}
+    return describe(args, dataset, chat_date=CHAT_DATE, **more), qformer
 
 
-def main():
-    args, began = parse_args(), time.time()
-    device, rank, world = start_processes(args)
-    dataset = load_dataset(args.data)
+def set_up_model(args, dataset, device):
+    """An ILM, whose Q-Former begins as stage 1 left it, and the run directory."""
     config, qformer = make_config(args, dataset)
     torch.manual_seed(args.seed)
     model = build_ilm(config, dataset, device)
-    if qformer is not None:
-        weights = model.encoder.state_dict()  # stage 1 has no history keys
-        model.encoder.load_state_dict(
-            {name: qformer.state_dict().get(name, x) for name, x in weights.items()}
-        )
+    if qformer is not None:  # stage 1 has no history keys
+        model.encoder.load_state_dict(model.encoder.state_dict() | qformer.state_dict())
         model.set_up()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    say(
-        f"stage 2, {args.method} on {args.data} with {args.llm}, {world} x {device}, {precision(device)}"
-    )
-    print_parameters(model)
-    run = RunDirectory(args, config)
-    examples = Examples(model, dataset)
-    kinds, shares = ["sequential", "straightforward", "text"], np.array(args.mix)
-    items = dataset.items_in("train")
-    left_out = {*items} - {*share_of(items, args.text_fraction, args.seed)}
-    examples.tasks["train"] = [t for t in examples.tasks["train"] if not left_out & {*t["items"]}]
-    shares[2] *= bool(examples.tasks["train"])
-    if not shares.sum():
-        raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
-    if shares[:2].any() and not len(examples.users):
-        raise InputError(
-            f"{args.data}: no user has two training items, one to read and one to predict; users need 4 interactions"
-        )
-    held_out = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
-    held_out = {
-        kind: batches for kind, batches in held_out.items() if shares[kinds.index(kind)]
-    }  # what is trained chooses the checkpoint
-    if not held_out:
-        raise InputError(
-            f"{args.data}: no text task of a validation item to choose a checkpoint by; --mix needs more than texts"
-        )
-    if not trainable:
+    introduce(f"stage 2, {args.method} on {args.data} with {args.llm}", model, device)
+    if not any(p.requires_grad for p in model.parameters()):
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
         args.steps = 0
-    parameters, optimizer = (
-        model.saved_parameters(),
-        make_optimizer(model, args.lr) if trainable else torch.optim.AdamW([torch.zeros(1)]),
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
-    run.restore(parameters, optimizer, scaler)
-    eval_every = args.eval_every or max(1, args.steps // 6)
-    model.train()
-    parallel = distribute(model, world if trainable else 1)
-    seen_targets = run.state["targets"] if run.state else 0
+    return model.train(), RunDirectory(args, config)
 
-    def draw(step):
-        """A step's kinds of micro-batches, the batches and a seed for dropout: a function of (seed, step)."""
-        rng = np.random.default_rng([args.seed, step])
-        seed = int(rng.integers(2**62))
-        drawn = rng.choice(kinds, size=args.accumulate, p=shares / shares.sum())
-        return seed, drawn, [examples.batch(kind, args.batch_size, rng) for kind in drawn]
 
-    ahead = ThreadPoolExecutor(1)  # makes the next step's batches while the device computes
-    following = ahead.submit(draw, run.start) if run.start < args.steps else None
+def set_up_data(args, examples):
+    """The share of each kind of batch (3,), and what chooses the checkpoint: batches of the kinds
+    that are trained."""
+    items = examples.dataset.items_in("train")
+    left_out = {*items} - {*share_of(items, args.text_fraction, args.seed)}
+    tasks = [t for t in examples.tasks["train"] if not left_out & {*t["items"]}]
+    examples.tasks["train"] = tasks
+    shares = np.array(args.mix) * [1, 1, bool(tasks)]
+    found = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
+    held_out = {kind: found[kind] for kind, x in zip(KINDS, shares) if x and kind in found}
+    check_stage2(args, shares, examples.users, held_out)
+    return shares / shares.sum(), held_out
+
+
+def draw_batches(examples, shares, args, step):
+    """A step's seed for dropout, the kinds of its micro-batches, and the batches."""
+    rng = np.random.default_rng([args.seed, step])
+    seed = int(rng.integers(2**62))
+    kinds = rng.choice(KINDS, size=args.accumulate, p=shares).tolist()
+    return seed, kinds, [examples.batch(kind, args.batch_size, rng) for kind in kinds]
+
+
+def main():
+    args = parse_args()
+    device, rank, world = start_processes(args)
+    dataset = load_dataset(args.data)
+    model, run = set_up_model(args, dataset, device)
+    examples = Examples(model, dataset)
+    shares, held_out = set_up_data(args, examples)
+    parallel = distribute(model, world if args.steps else 1)
+    optimizer = make_optimizer(model, args.lr)
+    # Precision: bf16 on a card that has it, fp16 with a scaler on one that has not; fp32 on a CPU
+    on_gpu = device.type == "cuda"
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
+    run.restore(model.saved_parameters(), optimizer, scaler)
+    drawn = drawn_ahead(partial(draw_batches, examples, shares, args), run.start, args.steps)
+    seen_targets = run.targets
+
     for step in progress(run.start, args.steps, "stage 2"):
         # -- learning rate
-        rate = set_learning_rate(optimizer, step, args.steps, args.lr)
+        set_learning_rate(optimizer, step, args.steps, args.lr)
+
         # -- evaluate and save
-        if step % eval_every == 0 or step == args.steps:
+        if step % args.eval_every == 0 or step == args.steps:
             valid = held_out_losses(model, held_out)
-            run.save(
-                step, parameters, optimizer, scaler, sum(valid.values()) / len(valid), seen_targets
-            )
-            run.log(
-                step=step,
-                **{f"valid_{k}": v for k, v in valid.items()},
-                seconds=time.time() - began,
-            )
-            say(
-                f"step {step:5}  "
-                + "  ".join(f"valid {k} {v:.3f}" for k, v in valid.items())
-                + f"  {time.time() - began:.0f} s"
-            )
+            run.save(step, sum(valid.values()) / len(valid), seen_targets)
+            run.log_validation(step, valid)
         if step == args.steps:
             break
-        run.stop_if_asked(step, parameters, optimizer, scaler, None, seen_targets)
-        # -- losses: the sum over all target tokens of the step's micro-batches, over their number
-        seed, drawn, batches = following.result()
-        following = ahead.submit(draw, step + 1) if step + 1 < args.steps else None
+        run.stop_if_asked(step, seen_targets)
+
+        # -- losses: the mean over all target tokens of the step's micro-batches
+        seed, kinds, batches = next(drawn)
         torch.manual_seed(seed + rank)
         (targets,) = sum_over_processes(sum(len(batch["target"]) for batch in batches))
-        losses = {}
-        for k, (kind, batch) in enumerate(zip(drawn, batches), 1):
-            with nullcontext() if world == 1 or k == len(batches) else parallel.no_sync():
-                with model.autocast():
+        loss, losses = 0.0, {}
+        for k, (kind, batch) in enumerate(zip(kinds, batches), 1):
+            with averaging(parallel, k == len(batches)):
+                with model.autocast():  # as above, but for T5, which overflows fp16
                     total, nll = parallel(batch)
-                scaler.scale(total * world / targets).backward()
-            losses.setdefault(str(kind), []).append(nll.detach().mean())
-        losses = {kind: torch.stack(values).mean() for kind, values in losses.items()}
+                part = total * world / targets
+                scaler.scale(part).backward()
+            loss += part.detach()
+            losses.setdefault(kind, []).append(nll.detach().mean())
+        losses = {kind: torch.stack(means).mean() for kind, means in losses.items()}
         seen_targets += int(targets)
+
         # -- step
         norm = clip_and_step(optimizer, scaler)
         check_step(losses, step, norm, scaler)
-        # -- log (with several processes: the first one's rows)
+
+        # -- log, of all processes: the loss, and means of each kind
         if step % 20 == 0:
-            losses = {k: v.item() for k, v in losses.items()}
-            run.log(
-                step=step,
-                **losses,
-                grad_norm=norm,
-                tau=model.tau.item(),
-                targets=seen_targets,
-                lr=rate,
-                scale=scaler.get_scale(),
-            )
-    ahead.shutdown()
-    say(
-        f"wrote {run.path}: best validation loss {run.best:.4f}, {seen_targets:,} target tokens, {time.time() - began:.0f} s"
-    )
+            means = mean_over_processes({"loss": loss, **losses})
+            run.log_step(step, norm, **means, tau=model.tau.item(), targets=seen_targets)
+    run.finish(f"{seen_targets:,} target tokens, ")
 
 
 if __name__ == "__main__":

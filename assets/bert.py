@@ -1,6 +1,10 @@
 """Starting the Q-Former from BERT's weights, as BLIP-2 and the paper do (train_stage1.py --init-bert)."""
 
 import torch
+from transformers import AutoModelForMaskedLM
+
+from assets.guard import reading
+from assets.run import from_pretrained, say
 
 BERT_NAMES = (
     ("bert.", ""),
@@ -18,6 +22,19 @@ BERT_NAMES = (
     ("cls.predictions.transform.LayerNorm", "lm_norm"),
     ("cls.predictions.bias", "lm_bias"),
 )
+
+
+def read_bert(name):
+    """A BERT by folder or hub id."""
+    return from_pretrained(AutoModelForMaskedLM, name, "--init-bert")
+
+
+def start_from(bert, name, model):
+    """init_from_bert of a BERT that was read; what was loaded and what was not is said."""
+    with reading(f"--init-bert {name}", "give a BERT and its own --width and --layers"):
+        loaded, missing = init_from_bert(model, bert.state_dict())
+    say(f"--init-bert {name}: loaded {len(loaded)} tensors: {', '.join(loaded)}")
+    say(f"not loaded, fresh: {', '.join(missing)}")
 
 
 @torch.no_grad()

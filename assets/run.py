@@ -8,6 +8,8 @@ import os
 import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -29,6 +31,10 @@ from assets.guard import (
     write_atomically,
     write_file,
 )
+
+BEGAN = time.time()
+# Flags that config.json leaves out, or has elsewhere
+LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every")
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
@@ -135,6 +141,12 @@ def read_config(run, kind=None):
     return config
 
 
+def describe(args, dataset, **more):
+    """What config.json says of a run: its flags, but for those that are local, and more."""
+    flags = {name: value for name, value in vars(args).items() if name not in LOCAL_ARGS}
+    return {**flags, **more, "fingerprint": fingerprint(dataset)}
+
+
 def fingerprint(dataset):
     """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and 16 CF
     numbers each of items and users (equal up to rounding on other machines)."""
@@ -205,61 +217,66 @@ def commit():
 
 
 class RunDirectory:
-    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from), log.jsonl. The first checkpoint of a new
-    run takes the place of an older run's files all together; those stand in `previous` until the new run has finished.
+    """config.json, model.safetensors (best weights so far), state.pt (everything to go on from),
+    log.jsonl. The first checkpoint of a new run takes the place of an older run's files all
+    together; those stand in `previous` until the new run has finished.
 
-    log.jsonl has two kinds of lines: the losses of a training step, every 20 steps, and validations, whose keys begin with valid_."""
+    log.jsonl has two kinds of lines: the losses of a training step, every 20 steps, and
+    validations, whose keys begin with valid_.
+    """
 
     def __init__(self, args, config, tokenizer=None):
-        self.path, self.args, self.config, self.tokenizer, self.start, self.best = (
-            Path(args.out),
-            args,
-            config,
-            tokenizer,
-            0,
-            math.inf,
-        )
-        self.state, self.begun, self.writes = None, args.resume, process()[0] == 0
+        self.path, self.args, self.config, self.tokenizer = Path(args.out), args, config, tokenizer
+        self.start, self.best, self.targets = 0, math.inf, 0  # step, loss, target tokens
+        self.state, self.validated = None, None  # the step of the log's last line
+        self.begun, self.writes = args.resume, process()[0] == 0
         end_move(self.path, tidy=self.writes)
         if args.resume:
-            if not (self.path / "state.pt").is_file():
-                raise InputError(
-                    f"--resume: no state.pt in {self.path}; run without --resume to start"
-                )
-            with reading(f"--resume: {self.path}", "run without --resume to start again"):
-                before = json.loads((self.path / "config.json").read_text())
-                self.state = torch.load(
-                    self.path / "state.pt", map_location="cpu", weights_only=True
-                )
-                self.start, self.best = self.state["step"], self.state["best"]
-                lines = (
-                    (self.path / "log.jsonl").read_text().split("\n")[:-1]
-                )  # what a full disk has cut off is no line
-                lines = [x for x in lines if json.loads(x)["step"] < self.start]
-                if same_fingerprint(before["fingerprint"], config["fingerprint"]):
-                    before["fingerprint"] = config["fingerprint"]  # rounded elsewhere
-            if changed := [k for k in config if config[k] != before.get(k, config[k])]:
-                raise InputError(
-                    f"--resume: {self.path}/config.json has another {', '.join(changed)}; give the same arguments"
-                )
-            if self.writes:
-                write_file(
-                    self.path / "log.jsonl",
-                    lambda f: f.write_text("".join(x + "\n" for x in lines)),
-                )
+            self.read_state()
 
-    def log(self, **row):
+    def read_state(self):
+        """What --resume goes on from; the flags have to be those of the run, but for --steps."""
+        if not (self.path / "state.pt").is_file():
+            raise InputError(f"--resume: no state.pt in {self.path}; run without --resume to start")
+        with reading(f"--resume: {self.path}", "run without --resume to start again"):
+            before = json.loads((self.path / "config.json").read_text())
+            state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+            self.state, self.start, self.best = state, state["step"], state["best"]
+            self.targets = state["targets"]
+            # What a full disk has cut off is no line
+            log = [json.loads(x) for x in (self.path / "log.jsonl").read_text().split("\n")[:-1]]
+            done = [row for row in log if (row["step"], "seconds" not in row) < (self.start, True)]
+            if same_fingerprint(before["fingerprint"], self.config["fingerprint"]):
+                before["fingerprint"] = self.config["fingerprint"]  # rounded elsewhere
+            self.check_flags(before)
         if self.writes:
-            with open(self.path / "log.jsonl", "a") as f:
-                f.write(
-                    json.dumps(
-                        {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
-                    )
-                    + "\n"
-                )
+            # What comes again leaves the log, but for a validation of these very weights
+            self.validated = done[-1]["step"] if done else None
+            kept = "".join(json.dumps(row) + "\n" for row in done)
+            write_file(self.path / "log.jsonl", lambda f: f.write_text(kept))
+            if before.get("steps") != self.config["steps"]:
+                write_file(self.path / "config.json", self.write_config)
+
+    def check_flags(self, before):
+        if self.args.steps < self.start:
+            raise InputError(
+                f"--resume: {self.path} has reached step {self.start}; --steps {self.args.steps} "
+                f"is less: give {self.start} or more, or run without --resume to start again"
+            )
+        changed = [k for k, v in self.config.items() if k != "steps" and before.get(k, v) != v]
+        if changed:
+            raise InputError(
+                f"--resume: {self.path}/config.json has another {', '.join(changed)}; "
+                "give the same arguments"
+            )
+
+    def write_config(self, file):
+        file.write_text(json.dumps({**self.config, "commit": commit()}, indent=1))
 
     def restore(self, parameters, optimizer, scaler):
-        """Called right before the first step. From now on a first signal waits for stop_if_asked, a second one does not."""
+        """What save() and stop_if_asked() save, set to what was saved last. Called right before the
+        first step: from now on a first signal waits for stop_if_asked, a second one does not."""
+        self.parameters, self.optimizer, self.scaler = parameters, optimizer, scaler
         if self.state:
             with (
                 torch.no_grad(),
@@ -271,34 +288,58 @@ class RunDirectory:
                 scaler.load_state_dict(self.state["scaler"])
         signals.gently = True
 
-    def save(self, step, parameters, optimizer, scaler, loss=None, targets=0):
-        """Called after each validation: the state always, the weights when they are the best so far. loss=None: the state alone."""
+    # -- log
+
+    def log(self, **row):
+        if self.writes:
+            row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def log_step(self, step, norm, **values):
+        """Losses and whatever else is worth a curve."""
+        rate, scale = self.optimizer.param_groups[0]["lr"], self.scaler.get_scale()
+        self.log(step=step, **values, grad_norm=norm, lr=rate, scale=scale)
+
+    def log_validation(self, step, losses):
+        seconds = time.time() - BEGAN
+        if step != self.validated:
+            self.log(step=step, **{f"valid_{k}": v for k, v in losses.items()}, seconds=seconds)
+        said = "".join(f"  valid {k} {v:.3f}" for k, v in losses.items())
+        say(f"step {step:5}{said}  {seconds:.0f} s")
+
+    def finish(self, said=""):
+        best = f"best validation loss {self.best:.4f}, " if self.best > 0 else ""
+        say(f"wrote {self.path}: {best}{said}{time.time() - BEGAN:.0f} s")
+
+    # -- checkpoints
+
+    def save(self, step, loss=None, targets=0):
+        """Called after each validation: the state always, the weights when they are the best so far.
+        loss=None: the state alone."""
         better = False
         if loss is not None:
             stop_unless_finite({"loss validation": loss}, step)
             better, self.best = loss < self.best, min(loss, self.best)
-        weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
+        weights = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
         state = {
             "step": step,
             "best": self.best,
             "targets": targets,
             "weights": weights,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
-        def write(
-            folder,
-        ):  # in this order: killed between the two, a resumed run makes the same model.safetensors again
+        def write(folder):
+            # In this order: killed between the two, a resumed run makes the same model.safetensors
             if better:
                 (folder / "metrics.json").unlink(missing_ok=True)  # those of other weights
                 write_file(folder / "model.safetensors", lambda f: save_file(weights, f))
             write_file(folder / "state.pt", lambda f: torch.save(state, f))
 
         def write_all(folder):
-            (folder / "config.json").write_text(
-                json.dumps({**self.config, "commit": commit()}, indent=1)
-            )
+            self.write_config(folder / "config.json")
             (folder / "log.jsonl").write_text("")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -310,10 +351,10 @@ class RunDirectory:
             if step == self.args.steps:
                 drop_previous(self.path)
 
-    def stop_if_asked(self, step, *state):
+    def stop_if_asked(self, step, targets=0):
         """After SIGINT or SIGTERM, to whichever process: all save and leave at the same step."""
         if any(sum_over_processes(signals.came or 0)):
-            self.save(step, *state)
+            self.save(step, targets=targets)
             again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
             raise Interrupted(
                 signals.came or 15,
@@ -379,21 +420,82 @@ def sum_over_processes(*values):
     return values.tolist()
 
 
-def distribute(module, world, **kwargs):
-    """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name depends on torch's version)."""
+def mean_over_processes(values):
+    """{name: tensor of one number} -> {name: its mean over all processes}."""
+    sums = sum_over_processes(*(x.item() for x in values.values()))
+    return {name: x / process()[1] for name, x in zip(values, sums)}
+
+
+class GatherRows(torch.autograd.Function):
+    """(B, ...) -> (B * N, ...). Backward: what all processes want changed in ours, summed."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class Gather:
+    """The rows of this process -> those of all, in the order of their ranks (qformer.py, Alone)."""
+
+    def __init__(self):
+        self.rank, self.world = process()
+
+    def __call__(self, rows):
+        return rows if self.world == 1 else GatherRows.apply(rows)
+
+
+def distribute(module, world, unused=False):
+    """DistributedDataParallel, told not to send the CF vectors round in every step (the flag's name
+    depends on torch's version). unused: some parameters get no gradient."""
     ddp = nn.parallel.DistributedDataParallel
-    flag = next(
-        f
-        for f in ("forward_sync_buffers", "broadcast_buffers")
-        if f in inspect.signature(ddp).parameters
-    )
-    return ddp(module, **{flag: False}, **kwargs) if world > 1 else module
+    known = inspect.signature(ddp).parameters
+    flag = next(f for f in ("forward_sync_buffers", "broadcast_buffers") if f in known)
+    return ddp(module, find_unused_parameters=unused, **{flag: False}) if world > 1 else module
+
+
+def averaging(module, now):
+    """A context for backward(): gradients meet those of the other processes only now."""
+    waits = isinstance(module, nn.parallel.DistributedDataParallel) and not now
+    return module.no_sync() if waits else nullcontext()
+
+
+def drawn_ahead(draw, start, stop):
+    """draw(step) of each step; the next one's is made while the device computes with this one's."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(draw, start) if start < stop else None
+        for step in range(start, stop):
+            drawn = following.result()
+            if step + 1 < stop:
+                following = thread.submit(draw, step + 1)
+            yield drawn
 
 
 def say(text):
     """Print by the first process alone, above the progress bar."""
     if process()[0] == 0:
         tqdm.write(text)
+
+
+def introduce(what, model, device):
+    """A line on the run, and one a child of the model: what trains, what is frozen."""
+    say(f"{what}, {process()[1]} x {device}, {precision(device)}")
+    print_parameters(model)
+
+
+def print_parameters(model):
+    for name, child in model.named_children():
+        total = sum(p.numel() for p in child.parameters())
+        train = sum(p.numel() for p in child.parameters() if p.requires_grad)
+        frozen = "  (frozen)" if total and not train else ""
+        say(f"  {name:12} {total:>12,} parameters, {train:>12,} trainable{frozen}")
 
 
 def run_training(main):

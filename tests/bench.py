@@ -36,6 +36,7 @@ from assets import cf  # noqa: E402
 from assets.extras.hub import export  # noqa: E402
 from assets.fast.als import length_batches  # noqa: E402
 from assets.plumbing.llm import DecoderOnly  # noqa: E402
+from train_stage1 import FastQFormer  # noqa: E402
 
 SPREAD = "{:8.1f} {:8.1f} {:8.1f}"
 
@@ -77,19 +78,21 @@ def blip2_losses(model, twin, cf, ids, mask, same, dec, pairs):
     read = twin(query_embeds=words(ids), query_length=0, attention_mask=mask[:, None, None]).last_hidden_state
     text = torch.nn.functional.normalize(model.text_proj(read[:, 0]), dim=-1)
     similarity = qformer.item_text_similarity(model.query_features(encode(cf)), text)
-    wrong_text, wrong_item = qformer.hard_negatives(similarity * model.scale(), same, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    wrong_text, wrong_item = (
+        qformer.hard_negatives(x / model.temperature, same, generator) for x in (similarity, similarity.T))
     rows = torch.arange(B)
     item, chosen = torch.cat([rows, rows, wrong_item]), torch.cat([rows, wrong_text, rows])
     matched = together(cf[item], ids[chosen], mask[chosen], "joint")[:, :Q]
     dec_ids = torch.cat([torch.full_like(ids[:, :1], dec), ids[:, 1:]], 1)
     written = together(cf, dec_ids, mask, "causal")[:, Q:]
-    losses = {"itc": qformer.itc_loss(similarity, model.scale(), same),
-              "itm": qformer.itm_loss(model.itm_head(matched).mean(1), ((item == chosen) | same[item, chosen]).long()),
+    losses = {"itc": qformer.contrastive_loss(similarity, model.temperature, same, 0.1),
+              "itm": qformer.itm_loss(model.itm_head(matched).mean(1), (item == chosen).long()),
               "itg": torch.nn.functional.cross_entropy(model.lm_logits(written[:, :-1]).flatten(0, 1),
                                                        ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten(), label_smoothing=0.1)}
     for name, (left, right, same) in pairs.items():
         similarity = qformer.pair_similarity(*(model.query_features(encode(cf)) for cf in (left, right)))
-        losses[name] = qformer.ii_loss(similarity, model.scale(), same)
+        losses[name] = qformer.contrastive_loss(similarity, model.temperature, same)
     return losses
 
 
@@ -98,22 +101,22 @@ def bench_stage1(args):
     for width, layers, B, T in ((64, 2, 64, 20), (64, 2, 64, 48), (256, 4, 64, 32), (768, 8, 16, 32)):
         torch.manual_seed(0)
         config = qformer.QFormerConfig(cf_dim=24, vocab_size=2000, width=width, layers=layers, heads=width // 32, dropout=0.0)
-        model = qformer.QFormer(config)
+        model = FastQFormer(config)
         twin, _ = hf_twin(model)
         twin.train()
         mask = torch.arange(T) < torch.randint(T // 2, T + 1, (B, 1))
-        ids, cf, same = torch.randint(2000, (B, T)), torch.randn(B, 24), torch.eye(B, dtype=torch.bool)
+        ids, cf = torch.randint(2000, (B, T)), torch.randn(B, 24)
         label = torch.arange(B)
         vectors = {name: (torch.randn(B, 24), torch.randn(B, 24)) for name in ("ii", "ui")}
         apart = torch.zeros(B, B, dtype=torch.bool)
 
         def ours():
-            losses = qformer.item_text_losses(model, cf, ids, mask, same, 1, torch.Generator().manual_seed(0))
+            losses = qformer.item_text_losses(model, cf, ids, mask, label, 1, torch.Generator().manual_seed(0))
             for name, (left, right) in vectors.items():
                 losses[name], _ = qformer.pair_loss(model, left, right, label, label + B)
             return losses
 
-        theirs = lambda: blip2_losses(model, twin, cf, ids, mask, same, 1, {k: (*v, apart) for k, v in vectors.items()})
+        theirs = lambda: blip2_losses(model, twin, cf, ids, mask, apart, 1, {k: (*v, apart) for k, v in vectors.items()})
         for name, value in theirs().items():
             torch.testing.assert_close(value, ours()[name], atol=1e-4, rtol=1e-4)
 

@@ -59,8 +59,9 @@ def make_ilm(toy):
 
     def make(method="ilm-rand", llm=str(ROOT / "assets" / "toy_llm"), **config):
         dataset = copy.deepcopy(whole)
-        args = train_stage2.parse_args(["--method", method, "--data", str(toy), "--llm", llm, "--num-queries", "3",
-                                        "--width", "32", "--layers", "2"])
+        shape = {"mlp": ["--num-queries", "3"], "text": []}  # flags that a method does not read are refused
+        shape = shape.get(method, ["--num-queries", "3", "--width", "32", "--layers", "2"])
+        args = train_stage2.parse_args(["--method", method, "--data", str(toy), "--llm", llm, *shape])
         made, _ = train_stage2.make_config(args, dataset)
         torch.manual_seed(0)
         return build_ilm(made | config, dataset, torch.device("cpu")).eval()

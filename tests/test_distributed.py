@@ -18,7 +18,7 @@ import train_stage2
 from assets.guard import InputError
 from assets.run import start_processes
 from ilm import build_ilm
-from qformer import QFormer, QFormerConfig
+from qformer import QFormerConfig
 
 
 def step_of_stage1(toy, world):
@@ -26,14 +26,14 @@ def step_of_stage1(toy, world):
     dataset = data.load_dataset(toy)
     texts = train_stage1.Texts(dataset, AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm"), 48)
     torch.manual_seed(0)
-    model = QFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=3, width=32, dropout=0.0))
+    model = train_stage1.FastQFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=3, width=32, dropout=0.0))
     args = train_stage1.parse_args(["--batch-size", "12"])
-    batch = train_stage1.draw_batch(np.array(dataset.items_in("train")), train_stage1.Pairs(dataset), args, 2, np.random.default_rng(0))
-    objective = train_stage1.distribute(train_stage1.Objective(model, dataset, texts, args.losses), world)
+    _, batch = train_stage1.Batches(args, dataset, texts, 2).draw(0)
+    objective = train_stage1.distribute(train_stage1.Objective(model, texts.dec, args.losses), world)
     losses, accuracy = objective(batch, torch.Generator().manual_seed(0))
-    values = train_stage1.sum_over_processes(*(v.item() / world for v in losses.values()))
+    means = train_stage1.mean_over_processes(losses)
     sum(losses.values()).backward()
-    return finish(model, torch.tensor(values + [v.item() for v in accuracy.values()]))
+    return finish(model, torch.tensor([*means.values(), *(v.item() for v in accuracy.values())]))
 
 
 def step_of_stage2(toy, world):
@@ -45,14 +45,14 @@ def step_of_stage2(toy, world):
     examples, parallel = train_stage2.Examples(model, dataset), train_stage2.distribute(model, world)
     rng = np.random.default_rng(0)
     batches = [examples.batch(kind, 2, rng) for kind in ("sequential", "straightforward", "text")]
-    count, = train_stage1.sum_over_processes(sum(int((b["label"] >= 0).sum()) for b in batches))
+    count, = train_stage2.sum_over_processes(sum(int((b["label"] >= 0).sum()) for b in batches))
     loss = 0
     for k, batch in enumerate(batches):
-        with train_stage2.nullcontext() if world == 1 or k == 2 else parallel.no_sync():
+        with train_stage2.averaging(parallel, k == 2):
             total, _ = parallel(batch)
             (total * world / count).backward()
         loss += total.item()
-    loss, = train_stage1.sum_over_processes(loss / count)
+    loss, = train_stage2.sum_over_processes(loss / count)
     valid = train_stage2.held_out_losses(model, examples.held_out("valid", 7, 2))
     return finish(model, torch.tensor([loss, *valid.values()]))
 

@@ -14,8 +14,8 @@ import data
 from assets.chat import CONTROL, Printer
 from assets.plumbing.frames import frame
 from assets.plumbing.llm import EncoderDecoder
+from assets.run import print_parameters
 from ilm import SOFT_BASE, load_ilm
-from train_stage1 import print_parameters
 from train_stage2 import Examples
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)

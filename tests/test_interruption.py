@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CF, EVALUATE, STAGES
+from conftest import CF, EVALUATE, ROOT, STAGES
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import data
 import train_stage1
@@ -77,6 +78,49 @@ def test_a_second_signal_does_not_wait(script, work, tmp_path):
     done = script("train_stage1.py", *STAGES["train_stage1.py"], "--out", tmp_path / "run", cwd=work, before=twice)
     one_line(done, 143, "a training run with --resume")
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
+
+
+# -- a finished run, made longer
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_more_steps_go_on_along_the_longer_cosine(script, work, tmp_path, name):
+    """As if the run had been one of 10 steps from step 6 on; its config says so, its log has a line more, none twice or lost."""
+    run, argv = tmp_path / "run", [*STAGES[name], "--out", tmp_path / "run"]
+    shutil.copytree(work / name[:-3], run)
+    rates = at_step(name, -1, "pass").replace("return rate(optimizer, step, *rest)", "print('rate', step, rate(optimizer, step, *rest))")
+    done = script(name, *argv, "--resume", "--steps", 10, cwd=work, before=rates)
+    assert done.returncode == 0 and not done.stderr, done
+    said = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("rate")]
+    reached = int(STAGES[name][STAGES[name].index("--steps") + 1])
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    peak = json.loads((run / "config.json").read_text())["lr"]
+    assert said == [[str(s), str(train_stage1.set_learning_rate(optimizer, s, 10, peak))] for s in range(reached, 11)]
+    before, after = outcome(work / name[:-3]), outcome(run)
+    assert after["step"] == 10 and after["config"]["steps"] == 10 and before["config"] == {**after["config"], "steps": reached}
+    assert after["log"][:len(before["log"])] == before["log"]
+    validated = [row["step"] for row in after["log"] if any("valid" in key for key in row)]
+    assert validated == sorted({*range(0, 11, 2)}) and after["tensors"] != before["tensors"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_fewer_steps_than_a_run_has_made_are_one_line(script, work, name):
+    before = tree(work)
+    done = script(name, *STAGES[name], "--out", name[:-3], "--resume", "--steps", 2, cwd=work)
+    one_line(done, 2, "has reached step", "--steps 2 is less", "or more")
+    assert tree(work) == before
+
+
+def test_a_longer_run_that_is_interrupted_goes_on_to_the_same_bits(script, work, tmp_path):
+    """Its first steps had the shorter cosine: interrupted or not, a resumed run is the same."""
+    name = "train_stage1.py"
+    for run, stop in (("whole", None), ("stopped", 8)):
+        shutil.copytree(work / name[:-3], tmp_path / run)
+        argv = [*STAGES[name], "--out", tmp_path / run, "--resume", "--steps", 10]
+        if stop:
+            one_line(script(name, *argv, cwd=work, before=at_step(name, stop, "os.kill(os.getpid(), 15)")), 143, "step 8 of 10")
+        assert script(name, *argv, cwd=work).returncode == 0
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "stopped")
 
 
 # -- kill -9
@@ -266,8 +310,11 @@ def test_the_number_of_threads_moves_the_weights_by_rounding_alone(script, work,
 
 
 def test_batches_of_stage_1_are_a_function_of_seed_and_step(work):
-    dataset, args = data.load_dataset(work / "data" / "toy"), train_stage1.parse_args(["--batch-size", "8"])
-    draw = lambda seed, step: train_stage1.draw_batch(np.array(dataset.items_in("train")), train_stage1.Pairs(dataset), args, 1,
-                                                      np.random.default_rng([seed, step]))
-    flat = lambda batch: [batch["text"].tolist(), *(x.tolist() for parts in (batch["ii"], batch["ui"]) for x in parts)]
-    assert flat(draw(0, 3)) == flat(draw(0, 3)) != flat(draw(0, 4)) and flat(draw(1, 3)) != flat(draw(0, 3))
+    dataset = data.load_dataset(work / "data" / "toy")
+    texts = train_stage1.Texts(dataset, AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm"), 48)
+
+    def draw(seed, step):
+        args = train_stage1.parse_args(["--batch-size", "8", "--seed", str(seed)])
+        number, batch = train_stage1.Batches(args, dataset, texts).draw(step)
+        return number, [x.tolist() for part in ("text", "ii", "ui") for x in batch[part]]
+    assert draw(0, 3) == draw(0, 3) != draw(0, 4) and draw(1, 3) != draw(0, 3)

@@ -1,5 +1,9 @@
 """B 5, Q 3, T 7, M 2, D 24, E 11, V 31: pairwise different, so that a transposition cannot pass."""
 import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from transformers import BertConfig, BertModel, Blip2QFormerConfig, Blip2QFormer
 import qformer
 from assets.bert import init_from_bert
 from qformer import QFormer, QFormerConfig
+from train_stage1 import FastQFormer
 
 B, Q, T, M, D, E, V = 5, 3, 7, 2, 24, 11, 31
 CONFIG = QFormerConfig(cf_dim=E, vocab_size=V, num_queries=Q, width=D, layers=4, heads=4, cf_tokens=M, proj_dim=6, max_text=9, dropout=0.0)
@@ -73,24 +78,51 @@ def test_parity_with_transformers(model, batch, pattern):
         torch.testing.assert_close(ours.grad, its.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_computing_less_gives_the_same(model, batch):
-    cf, ids, mask = batch
-    item, text = torch.tensor([0, 1, 4, 4, 2, 0, 3]), torch.tensor([0, 1, 2, 3, 4, 4, 0])
-    slow = model.itm_head(model(cf[item], ids[text], mask[text], "joint")[0]).mean(1)
-    torch.testing.assert_close(model.match_logits(cf[item], ids, mask, pair=text), slow, atol=1e-5, rtol=1e-5)
-    alone = model(None, ids, mask, "separate")[1]
-    torch.testing.assert_close(model(None, ids, mask, "separate", keep=1)[1], alone[:, :1], atol=1e-5, rtol=1e-5)
+def fast_twin(model):
+    twin = FastQFormer(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("name, indices", [
+    ("match_logits", ([0, 1, 4, 4, 2, 0, 3], [0, 1, 2, 3, 4, 4, 0])), ("text_features", ())])
+def test_computing_less_gives_the_same(batch, layers, name, indices):
+    """Values and gradients of the fast twin, also where the first layer is the last."""
+    torch.manual_seed(0)
+    model = QFormer(replace(CONFIG, layers=layers)).eval()
+    twin, argv = fast_twin(model), [*batch[name == "text_features":], *map(torch.tensor, indices)]
+    slow, fast = (getattr(m, name)(*argv) for m in (model, twin))
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    noise = torch.randn(slow.shape, generator=torch.Generator().manual_seed(2))
+    wanted, found = gradients(model, (slow * noise).sum()), gradients(twin, (fast * noise).sum())
+    assert wanted.keys() == found.keys() and len(wanted) > 10
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_lifted_out_of_the_repository_it_needs_torch_alone(tmp_path):
+    shutil.copy(qformer.__file__, tmp_path)
+    code = ("import sys, qformer; loaded = {name.split('.')[0] for name in sys.modules}; "
+            "assert not loaded & {'transformers', 'data', 'assets'}, loaded")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_a_step_has_the_same_bits_every_time():
     torch.manual_seed(0)
     n, length = 64, 20
-    model = QFormer(QFormerConfig(cf_dim=E, vocab_size=1000, dropout=0.0))
+    model = FastQFormer(QFormerConfig(cf_dim=E, vocab_size=1000, dropout=0.0))
     cf, ids, mask = torch.randn(n, E), torch.randint(1000, (n, length)), torch.ones(n, length, dtype=torch.bool)
     seen = []
     for _ in range(8):
         model.zero_grad()
-        losses = qformer.item_text_losses(model, cf, ids, mask, torch.eye(n, dtype=torch.bool), 1, torch.Generator().manual_seed(0))
+        losses = qformer.item_text_losses(model, cf, ids, mask, torch.arange(n), 1, torch.Generator().manual_seed(0))
         sum(losses.values()).backward()
         seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(torch.equal(seen[0], other) for other in seen[1:])
@@ -143,16 +175,18 @@ def test_one_causal_pass_serves_itc_and_itg(model, batch):
 
 
 def no_duplicates(n):
-    return torch.eye(n, dtype=torch.bool)
+    return torch.zeros(n, n, dtype=torch.bool)
 
 
-def test_itc_by_hand():
+def test_contrast_by_hand():
     similarity = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
     rows = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-2))]
     columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
-    assert qformer.itc_loss(similarity, 1.0, no_duplicates(2), 0.0).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
+    assert qformer.contrastive_loss(similarity, 1.0, no_duplicates(2)).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
+    halved = qformer.contrastive_loss(similarity / 2, 0.5, no_duplicates(2))
+    assert halved.item() == pytest.approx((sum(rows) + sum(columns)) / 4)
     smooth = torch.stack([F.cross_entropy(x, torch.arange(2), label_smoothing=0.1) for x in (similarity, similarity.T)]).mean()
-    assert qformer.itc_loss(similarity, 1.0, no_duplicates(2), 0.1).item() == pytest.approx(smooth.item())
+    assert qformer.contrastive_loss(similarity, 1.0, no_duplicates(2), 0.1).item() == pytest.approx(smooth.item())
 
 
 def test_similarity_is_the_best_query_or_the_mean_of_all():
@@ -164,29 +198,46 @@ def test_similarity_is_the_best_query_or_the_mean_of_all():
 
 def test_duplicates_are_no_negatives():
     similarity = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    same = torch.eye(4, dtype=torch.bool)
-    same[0, 2] = same[2, 0] = True
-    for term in (qformer.itc_loss, qformer.ii_loss, qformer.ui_loss):
-        loss = lambda s, term=term: term(s, 2.0, same)
-        changed = similarity.clone()
-        changed[0, 2] = changed[2, 0] = 9.0
-        assert loss(similarity).item() == pytest.approx(loss(changed).item())
-        changed[0, 1] = 9.0
-        assert loss(changed).item() > loss(similarity).item() + 1
-    same[2, 0], changed = False, similarity.clone()  # II and UI: a left side can share a key with a right one, and not the other way round
+    duplicates = no_duplicates(4)
+    duplicates[0, 2] = True  # a left side can share a key with a right one, and not the other way round
+    loss = qformer.contrastive_loss(similarity, 0.5, duplicates)
+    changed = similarity.clone()
     changed[0, 2] = 9.0
-    assert qformer.ii_loss(changed, 2.0, same).item() == pytest.approx(qformer.ii_loss(similarity, 2.0, same).item())
+    assert qformer.contrastive_loss(changed, 0.5, duplicates).item() == pytest.approx(loss.item())
+    changed[2, 0] = 9.0
+    assert qformer.contrastive_loss(changed, 0.5, duplicates).item() > loss.item() + 1
+
+
+def test_duplicates_share_a_key_and_are_never_the_pair_itself():
+    """Left: user 1 twice, users 2, 3; right: items 7, 8, 7, 9. Then items on both sides: 7 is left of one pair, right of another."""
+    found = qformer.find_duplicates(torch.tensor([-1, -1, -2, -3]), torch.tensor([7, 8, 7, 9]))
+    assert found.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [2, 0]]
+    found = qformer.find_duplicates(torch.tensor([7, 8, 9]), torch.tensor([8, 9, 9]))
+    assert found.nonzero().tolist() == [[1, 0], [1, 2], [2, 1]]
 
 
 def test_hard_negatives_are_never_duplicates_and_prefer_the_similar():
-    similarity, same = torch.zeros(6, 6), torch.eye(6, dtype=torch.bool)
-    similarity[0, 3], same[0, 1], same[1, 0] = 8.0, True, True
+    similarity, duplicates = torch.zeros(6, 6), no_duplicates(6)
+    similarity[0, 3], duplicates[0, 1], duplicates[1, 0] = 8.0, True, True
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([torch.stack(qformer.hard_negatives(similarity, same, generator)) for _ in range(300)])     # (300, 2, B)
-    assert not (draws == torch.arange(6)).any() and not (draws[:, :, 0] == 1).any() and not (draws[:, :, 1] == 0).any()
-    assert (draws[:, 0, 0] == 3).float().mean() > 0.9 and (draws[:, 1, 3] == 0).float().mean() > 0.9
-    everything_equal = qformer.hard_negatives(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
-    assert [x.tolist() for x in everything_equal] == [[0, 1], [0, 1]]
+    draws = torch.stack([qformer.hard_negatives(similarity, duplicates, generator) for _ in range(300)])  # (300, B)
+    assert not (draws == torch.arange(6)).any() and not (draws[:, 0] == 1).any() and not (draws[:, 1] == 0).any()
+    assert (draws[:, 0] == 3).float().mean() > 0.9
+    everything_equal = ~torch.eye(2, dtype=torch.bool)
+    assert qformer.hard_negatives(torch.zeros(2, 2), everything_equal).tolist() == [0, 1]
+
+
+def test_matching_takes_an_equal_text_for_right(model, batch):
+    """Items 0 and 1 have equal texts, so that 1 is no wrong text for 0; where all texts are equal, all pairs are real."""
+    seen = []
+    model.match_logits = lambda cf, ids, mask, item, text: seen.append((item, text)) or torch.zeros(len(item), 2)
+    itm = qformer.item_text_losses(model, *batch, torch.tensor([5, 5, 2, 3, 4]), 1, torch.Generator().manual_seed(0))["itm"]
+    item, text = seen.pop()
+    assert len(item) == 3 * B and torch.equal(item[:B], text[:B]) and itm.item() == pytest.approx(math.log(2))
+    assert not ((item != text) & (item < 2) & (text < 2)).any()
+    qformer.item_text_losses(model, *batch, torch.zeros(B, dtype=torch.long), 1)
+    item, text = seen.pop()
+    assert torch.equal(item, text)
 
 
 def test_itm_and_itg_by_hand():
@@ -197,7 +248,8 @@ def test_itm_and_itg_by_hand():
     logits[0, 0, 3], logits[0, 1, 4] = 2.0, 3.0
     mask = torch.tensor([[True, True, True, False]])
     expected = -(2 - math.log(V - 1 + math.exp(2)) + 3 - math.log(V - 1 + math.exp(3))) / 2
-    assert qformer.itg_loss(*qformer.next_tokens(logits, ids, mask), 0.0).item() == pytest.approx(expected, abs=1e-5)
+    total, count = qformer.itg_loss(*qformer.next_tokens(logits, ids, mask), 0.0)
+    assert count.tolist() == [2] and (total / 2).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_losses_start_where_theory_says(batch):
@@ -205,12 +257,14 @@ def test_losses_start_where_theory_says(batch):
     model = QFormer(QFormerConfig(cf_dim=E, vocab_size=1000, dropout=0.0)).eval()
     n = 64
     cf, ids, mask = torch.randn(n, E), torch.randint(1000, (n, T)), torch.ones(n, T, dtype=torch.bool)
-    queries, written = model(cf, ids, mask, "causal")
+    own, (queries, written) = torch.arange(n), model(cf, ids, mask, "causal")
     similarity = qformer.item_text_similarity(model.query_features(queries), model.text_features(ids, mask))
-    assert qformer.itc_loss(similarity, model.scale(), no_duplicates(n)).item() == pytest.approx(math.log(n), rel=0.15)
+    loss = qformer.contrastive_loss(similarity, model.bounded_temperature(), no_duplicates(n), 0.1)
+    assert loss.item() == pytest.approx(math.log(n), rel=0.15)
     states, targets = qformer.next_tokens(written, ids, mask)
-    assert qformer.itg_loss(model.lm_logits(states), targets).item() == pytest.approx(math.log(1000), rel=0.1)
-    assert qformer.itm_loss(model.match_logits(cf, ids, mask), torch.arange(n) % 3 // 2).item() == pytest.approx(0.69, abs=0.15)
+    total, count = qformer.itg_loss(model.lm_logits(states), targets)
+    assert (total / count).item() == pytest.approx(math.log(1000), rel=0.1)
+    assert qformer.itm_loss(model.match_logits(cf, ids, mask, own, own), own % 3 // 2).item() == pytest.approx(0.69, abs=0.15)
 
 
 # -- starting from BERT

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -29,10 +30,10 @@ def test_one_batch_is_overfitted(toy, texts):
     dataset = data.load_dataset(toy)
     torch.manual_seed(0)
     model = QFormer(QFormerConfig(cf_dim=12, vocab_size=texts.size, num_queries=2, width=48, layers=2, heads=4, dropout=0.0))
-    (ids, mask, same), history = texts.batch(torch.arange(8)), []
+    (ids, mask, key), history = texts.batch(torch.arange(8)), []
     optimizer = train_stage1.make_optimizer(model, 3e-3, 0.0)
     for step in range(130):
-        losses = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, same, texts.dec)
+        losses = qformer.item_text_losses(model, dataset.item_cf[:8], ids, mask, key, texts.dec)
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -95,8 +96,8 @@ def test_bad_arguments(run, toy, tmp_path):
                           (["--init-bert", str(tmp_path)], "--tokenizer")):
         done = run(toy, tmp_path / "b", *argv)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    done = run(toy, tmp_path / "a", "--steps", 3, "--losses", "ii", "ui", "--resume")
-    assert done.returncode == 2 and "another steps" in done.stderr
+    done = run(toy, tmp_path / "a", "--steps", 1, "--losses", "ii", "ui", "--resume")
+    assert done.returncode == 2 and "has reached step 2; --steps 1 is less" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_init_bert_from_a_folder(run, toy, tmp_path):
@@ -121,14 +122,21 @@ def test_real_data(run, tmp_path):
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     args = train_stage1.parse_args(["--out", str(tmp_path)])
     run, model = train_stage1.RunDirectory(args, {}), torch.nn.Linear(2, 2)
-    save = lambda step, loss: run.save(step, dict(model.named_parameters()), torch.optim.SGD(model.parameters()),
-                                       torch.amp.GradScaler("cpu", enabled=False), loss)
-    save(0, 1.0)
+    run.restore(dict(model.named_parameters()), torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False))
+    run.save(0, 1.0)
     with pytest.raises(data.InputError, match="step 5: loss validation is nan"):
-        save(5, float("nan"))
+        run.save(5, float("nan"))
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
 
 
 def test_a_smaller_share_of_items_is_part_of_a_larger_one():
     small, large, whole = (train_stage1.share_of(range(5, 60), fraction, seed=1).tolist() for fraction in (0.1, 0.5, 1))
     assert len(small) == 6 and set(small) < set(large) and whole == [*range(5, 60)]
+
+
+def test_the_logged_loss_is_the_sum_that_is_optimised(toy, tmp_path, monkeypatch):
+    argv = ["--data", str(toy), "--out", str(tmp_path), *SMALL, "--steps", "1", "--losses", "itc", "itg", "ui"]
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    train_stage1.main()
+    row = next(row for row in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in row)
+    assert row["loss"] == pytest.approx(row["itc"] + row["itg"] + row["ui"], abs=2e-5) and not {"itm", "ii"} & {*row}

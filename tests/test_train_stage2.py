@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from conftest import as_read
 from safetensors.torch import load_file
 
 import data
+import ilm
 import train_stage1
 import train_stage2
 from ilm import START_TEMPERATURE, load_ilm
@@ -169,6 +171,39 @@ def test_ilm_starts_from_its_stage_1_run_and_refuses_another_shape(run, toy, sta
     assert done.returncode == 2 and "run train_stage1.py" in done.stderr
     done = run(toy, tmp_path / "d", "--method", "mlp", "--llm", tmp_path / "none", "--steps", 1)
     assert done.returncode == 2 and "no such folder" in done.stderr
+
+
+UNUSED = [("mlp", ["--layers", "2"]), ("mlp", ["--width", "64"]), ("mlp", ["--stage1", "x"]), ("ilm-rand", ["--stage1", "x"]),
+          ("text", ["--num-queries", "2"]), ("text", ["--history", "0"]), ("text", ["--shuffle-cf"]), ("text", ["--layers", "2"])]
+
+
+@pytest.mark.parametrize("method, argv", UNUSED)
+def test_a_flag_that_a_method_does_not_read_is_a_mistake(method, argv):
+    with pytest.raises(data.InputError, match=f"{argv[0]} does nothing with --method {method}; leave it out"):
+        train_stage2.parse_args(["--method", method, *argv])
+
+
+def test_the_history_has_its_default_with_every_method():
+    assert [train_stage2.parse_args(["--method", method]).history for method in train_stage2.METHODS] == [20] * 4
+
+
+def test_the_logged_loss_is_the_one_that_is_optimised(toy, tmp_path, monkeypatch):
+    """-log p, a mean over all target tokens of the step's micro-batches, which are of unequal kinds."""
+    seen, forward = [], ilm.ILM.forward
+
+    def counted(self, batch):
+        total, nll = forward(self, batch)
+        if self.training:
+            seen.append((float(total.detach()), len(batch["target"])))
+        return total, nll
+    monkeypatch.setattr(ilm.ILM, "forward", counted)
+    argv = ["--data", str(toy), "--out", str(tmp_path), "--method", "ilm-rand", *SHAPE, *SMALL, "--steps", "1", "--seed", "2"]
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    train_stage2.main()
+    row = next(row for row in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in row)
+    assert len(seen) == 3 and len({kind for kind in train_stage2.KINDS if kind in row}) > 1
+    assert row["loss"] == pytest.approx(sum(total for total, _ in seen) / sum(count for _, count in seen), abs=2e-5)
+    assert row["targets"] == sum(count for _, count in seen)
 
 
 @pytest.mark.parametrize("method", [["ilm-rand", *SHAPE], ["mlp", "--num-queries", "2"], ["text"], ["text", "--train-llm"]])
