@@ -18,7 +18,7 @@ item-language model will translate into text space. The folder:
                     Beauty's texts begin with them)
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment*. That,
-and ALS, stand in assets/cf.py, the second file to read.
+and ALS, stand in assets/plumbing/cf.py, the second file to read.
 """
 
 import hashlib
@@ -30,15 +30,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from assets.cf import CFSettings, UserSolver, standardise, train_cf, training_pairs, users_together
-from assets.choose_cf import choose_cf
 from assets.fast.nearest import nearest_of_each
-from assets.guard import InputError, reading, run_script
-from assets.look import look_at
 from assets.plumbing import checks, names
+from assets.plumbing.cf import (
+    CFSettings,
+    UserSolver,
+    standardise,
+    train_cf,
+    training_pairs,
+    users_together,
+)
+from assets.plumbing.choose_cf import choose_cf
 from assets.plumbing.data_flags import check_request, parse_args
+from assets.plumbing.guard import InputError, reading, run_script
+from assets.plumbing.look import look_at
 from assets.plumbing.prepared import read_folder, write_folder
-from assets.readers import load_cf, read_files
+from assets.plumbing.readers import load_cf, read_files
 from assets.toy_world import toy_files
 
 RANKING_TASKS = ("sequential", "straightforward")

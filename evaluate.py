@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from assets.cf import UserSolver, training_part
-from assets.guard import run_script
+from assets.plumbing.cf import UserSolver, training_part
 from assets.plumbing.evaluate_flags import evaluate_flags
+from assets.plumbing.guard import run_script
+from assets.plumbing.run import pick_device, read_config
 from assets.plumbing.runs import describe, find_runs, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
-from assets.run import pick_device, read_config
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
@@ -83,7 +83,7 @@ def standard_error(values):
 
 def ranking_metrics(ranks):
     """Ranks (U,) from 1 -> {name in METRICS: mean over users, "users", "se": {name: its standard
-    error}, "ranks"}. All else can be made again from the ranks (assets/tables.py)."""
+    error}, "ranks"}. All else can be made again from the ranks (assets/extras/tables.py)."""
     ranks = np.asarray(ranks)
     means, errors = {}, {}
     for name, (metric, k) in METRICS.items():
@@ -223,7 +223,7 @@ def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
     for name, score in reference_scores(dataset).items():
         found[name] = evaluate_reference(score, dataset, users, split, keep_history)
     if sasrec is not None:
-        from assets.sasrec import sasrec_reference
+        from assets.extras.sasrec import sasrec_reference
 
         def validate(score):
             return evaluate_on_validation(score, dataset, keep_history)
@@ -449,14 +449,14 @@ def evaluate_run(run, args, device):
 
 
 def parse_args(argv=None):
-    from assets.sasrec import sasrec_settings
+    from assets.extras.sasrec import sasrec_settings
 
     return evaluate_flags(argv, __doc__, TASKS, sasrec_settings)
 
 
 def main():
     from assets.extras.recommend import recommend_file
-    from assets.tables import show, show_files
+    from assets.extras.tables import show, show_files
 
     args = parse_args()
     if args.table:

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from assets.cf import training_moments
 from assets.fast.packing import SOFT_BASE, index_prompts, index_targets, target_states
 from assets.fast.search import Trie, best_items, search, segment_logsumexp
-from assets.guard import InputError, run_script
+from assets.plumbing.cf import training_moments
 from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, fill, frame
+from assets.plumbing.guard import InputError, run_script
 from assets.plumbing.llm import load_llm
-from assets.run import check_fingerprint, load_weights, read_config
+from assets.plumbing.run import check_fingerprint, load_weights, read_config
 from data import SOFT, item_names, load_dataset
 from qformer import QFormer, QFormerConfig
 
@@ -456,12 +456,12 @@ def build_ilm(config, dataset, device):
 def load_ilm(run, device, data=None, new=None, llm=None):
     """A trained ILM in eval mode from a run directory of train_stage2.py. new: a folder of
     interactions.csv (and items.csv) with users and items that came later; they get vectors by
-    fold-in (assets/later.py) and can be ranked and asked about like all others."""
+    fold-in (assets/plumbing/later.py) and can be ranked and asked about like all others."""
     config = read_config(run, "stage2")
     config["llm"] = llm or config["llm"]
     dataset = check_fingerprint(config, load_dataset(data or config["data"]), run)
     if new:
-        from assets.later import extend
+        from assets.plumbing.later import extend
 
         dataset = extend(dataset, new)
     model = build_ilm(config, dataset, torch.device(device))
@@ -470,7 +470,7 @@ def load_ilm(run, device, data=None, new=None, llm=None):
 
 
 def main():
-    from assets.chat import main  # talking to it; its flags are there
+    from assets.extras.chat import main  # talking to it; its flags are there
 
     main()
 

@@ -16,7 +16,7 @@ has the lowest itc + itm + itg on the validation items. DEVIATION: the paper alt
 and item-item batches; here both stand in every step.
 
 What both training scripts need stands first (schedule, optimizer); what surrounds every run is in
-assets/run.py.
+assets/plumbing/run.py.
 """
 
 import math
@@ -27,13 +27,12 @@ import torch
 import torch.nn as nn
 from transformers import AutoTokenizer
 
-from assets.bert import read_bert, start_from
 from assets.fast.matching import ComputesLess
-from assets.guard import Parser
+from assets.plumbing.bert import read_bert, start_from
 from assets.plumbing.enough import check_stage1
 from assets.plumbing.flags import add_number, add_qformer_flags, add_run_flags, settled, shape_of
-from assets.plumbing.texts import Texts, share_of
-from assets.run import (
+from assets.plumbing.guard import Parser
+from assets.plumbing.run import (
     Gather,
     RunDirectory,
     check_step,
@@ -47,6 +46,7 @@ from assets.run import (
     run_training,
     start_processes,
 )
+from assets.plumbing.texts import Texts, share_of
 from data import load_dataset
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 

@@ -31,7 +31,6 @@ import torch
 from transformers import AutoTokenizer
 
 from assets.fast.packing import SOFT_BASE, collate, index, pack
-from assets.guard import InputError, Parser, reading
 from assets.plumbing.enough import check_stage2
 from assets.plumbing.flags import (
     add_choice,
@@ -44,8 +43,8 @@ from assets.plumbing.flags import (
     shape_of,
     within,
 )
-from assets.plumbing.texts import Texts, share_of
-from assets.run import (
+from assets.plumbing.guard import InputError, Parser, reading
+from assets.plumbing.run import (
     RunDirectory,
     averaging,
     check_fingerprint,
@@ -66,6 +65,7 @@ from assets.run import (
     start_processes,
     sum_over_processes,
 )
+from assets.plumbing.texts import Texts, share_of
 from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
 from ilm import CHAT_DATE, PRIORS, Prompt, build_ilm
 from qformer import QFormer, QFormerConfig

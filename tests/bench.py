@@ -32,9 +32,9 @@ import data  # noqa: E402
 import ilm  # noqa: E402
 import qformer  # noqa: E402
 import train_stage2  # noqa: E402
-from assets import cf  # noqa: E402
 from assets.extras.hub import export  # noqa: E402
 from assets.fast.als import length_batches  # noqa: E402
+from assets.plumbing import cf  # noqa: E402
 from assets.plumbing.llm import DecoderOnly  # noqa: E402
 from train_stage1 import FastQFormer  # noqa: E402
 

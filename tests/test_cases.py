@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, real
 
 import data
-from assets import guard, later, readers
+from assets.plumbing import guard, later, readers
 
 FEW = "--min-count 1 --cf-dim 4 --recency 1 --reg 1".split()
 LOG = "user,item,timestamp\n" + "".join(
@@ -269,7 +269,7 @@ def test_times_above_2_to_the_53(prepare):
 
 
 def test_titles_with_brackets(prepare, make_ilm, capsys):
-    from assets.chat import Chat
+    from assets.extras.chat import Chat
 
     dataset = prepare(case("brackets"))
     is_whole(dataset)

@@ -14,7 +14,7 @@ from conftest import ROOT, as_read
 
 import data
 import train_stage2
-from assets.chat import Chat
+from assets.extras.chat import Chat
 from assets.fast.packing import soft_index
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from assets import choose_cf as chooser
-from assets.cf import CFSettings
-from assets.choose_cf import candidates, choose_cf, ndcg_at_10, some_users
+from assets.plumbing import choose_cf as chooser
+from assets.plumbing.cf import CFSettings
+from assets.plumbing.choose_cf import candidates, choose_cf, ndcg_at_10, some_users
 from assets.toy_world import toy_interactions, toy_world
 
 

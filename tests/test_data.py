@@ -9,12 +9,12 @@ import torch
 from conftest import CF, real
 
 import data
-from assets import cf, choose_cf
 from assets.fast.als import length_batches
 from assets.fast.nearest import nearest_of_each
-from assets.guard import printable, write_atomically
+from assets.plumbing import cf, choose_cf
 from assets.plumbing.checks import first_of_each
-from assets.readers import read_items
+from assets.plumbing.guard import printable, write_atomically
+from assets.plumbing.readers import read_items
 
 
 def prepare(tmp_path, *argv):

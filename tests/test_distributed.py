@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 import data
 import train_stage1
 import train_stage2
-from assets.guard import InputError
-from assets.run import start_processes
+from assets.plumbing.guard import InputError
+from assets.plumbing.run import start_processes
 from ilm import build_ilm
 from qformer import QFormerConfig
 

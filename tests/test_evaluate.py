@@ -10,8 +10,8 @@ from conftest import CF, EVALUATE, ROOT
 
 import data
 import evaluate
-from assets import tables
-from assets.guard import InputError
+from assets.extras import tables
+from assets.plumbing.guard import InputError
 from train_stage2 import Examples
 
 
@@ -194,7 +194,7 @@ def test_from_nothing_to_the_table(tmp_path, script):
     run("data.py", "--max-users", "60", *CF)
     run("train_stage1.py", "--steps", "4", "--width", "32", "--layers", "2")
     run("train_stage2.py", "--steps", "3", "--batch-size", "2", "--valid-users", "8")
-    few = "import assets.sasrec as s, functools; s.train_sasrec = functools.partial(s.train_sasrec, epochs=1)"
+    few = "import assets.extras.sasrec as s, functools; s.train_sasrec = functools.partial(s.train_sasrec, epochs=1)"
     limits = ["--max-users", "12", "--max-texts", "4"]
     out = run("evaluate.py", "--controls", "--sasrec", "--json", "all.json", *limits, before=few)
     for word in ("popularity", "item-knn", "mf", "oracle", "ilm, seen prompts", "ilm, unseen prompts", "ilm, shuffled_cf", "retention",

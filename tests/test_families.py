@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from assets.chat import CONTROL, Printer
+from assets.extras.chat import CONTROL, Printer
 from assets.plumbing.frames import frame
 from assets.plumbing.llm import EncoderDecoder
-from assets.run import print_parameters
+from assets.plumbing.run import print_parameters
 from ilm import SOFT_BASE, load_ilm
 from train_stage2 import Examples
 
@@ -371,7 +371,7 @@ def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp
 
 
 def at_precision(monkeypatch, dtype):
-    for module in ("assets.plumbing.llm", "assets.run"):
+    for module in ("assets.plumbing.llm", "assets.plumbing.run"):
         monkeypatch.setattr(f"{module}.precision", lambda device: dtype)
 
 

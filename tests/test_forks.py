@@ -13,7 +13,7 @@ from conftest import ROOT
 from huggingface_hub import HfApi
 
 import data
-from assets.later import extend
+from assets.plumbing.later import extend
 from ilm import ILM, load_ilm
 
 README = "".join((ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "assets/docs/FORKING.md"))

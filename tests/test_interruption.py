@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import data
 import train_stage1
-from assets.run import read_config
+from assets.plumbing.run import read_config
 
 
 def outcome(run):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import data
-from assets.cf import CFSettings, UserSolver, solve_rows, training_moments
 from assets.fast.als import solve_short_rows
+from assets.plumbing.cf import CFSettings, UserSolver, solve_rows, training_moments
 
 NUM_ITEMS = 30
 SETTINGS = {  # every form of the solver: order counts or not, the ridge is flat or grows with a row

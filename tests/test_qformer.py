@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Blip2QFormerConfig, Blip2QFormerModel
 
 import qformer
-from assets.bert import init_from_bert
+from assets.plumbing.bert import init_from_bert
 from qformer import QFormer, QFormerConfig
 from train_stage1 import FastQFormer
 

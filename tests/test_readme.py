@@ -13,7 +13,7 @@ import data
 import evaluate
 import train_stage1
 import train_stage2
-from assets.tables import print_tables
+from assets.extras.tables import print_tables
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted((ROOT / "assets/docs").glob("*.md"))}
 README = (ROOT / "README.md").read_text(encoding="utf-8")

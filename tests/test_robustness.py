@@ -15,7 +15,7 @@ from test_interruption import one_line, outcome, tree
 import data
 import train_stage1
 import train_stage2
-from assets import guard, readers, run
+from assets.plumbing import guard, readers, run
 from ilm import build_ilm
 
 # ---- Bad input: status 2, one line that names file, line and remedy, nothing changed ---------------------------------
@@ -555,7 +555,7 @@ def test_binary_files_under_fuzz(work, tmp_path):
 
 def test_what_a_user_types_under_fuzz(make_ilm):
     """A line of the conversation, mentions in any state of disrepair: token ids, or one InputError."""
-    from assets.chat import Chat
+    from assets.extras.chat import Chat
     chat, rng, refused = Chat(make_ilm()), np.random.default_rng(0), 0
     pieces = ["{item:", "{user:", "{history:", "{", "}", "[", "]", "001", "7", "-1", "*0.5", "*", "+item:", ",", " amber ", "\x1b[2J", "\0",
               "<|soft|>", "{item}", "{text}", "\ud800", "e", " ", "9" * 30, "{item:001}", "{user:3}", "{history:001,002}",

@@ -1,4 +1,4 @@
-"""assets/sasrec.py: what a position sees, where it stands, what a window holds; it learns."""
+"""assets/extras/sasrec.py: what a position sees, where it stands, what a window holds; it learns."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from assets.sasrec import SASRec, Settings, epoch_windows, fit, laid_out, train_sasrec, windows
+from assets.extras.sasrec import SASRec, Settings, epoch_windows, fit, laid_out, train_sasrec, windows
 
 SMALL = Settings(history=6, width=16, dropout=0.1, batch_targets=200)
 NUM_ITEMS = 11

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from assets.guard import InputError
-from assets.tables import method_of
+from assets.extras.tables import method_of
+from assets.plumbing.guard import InputError
 from data import RANKING_TASKS
 from evaluate import standard_error
 from qformer import QFormer, attention_pattern, item_text_similarity

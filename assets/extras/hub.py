@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
-from assets.guard import InputError
-from assets.run import check_name, pick_device
+from assets.plumbing.guard import InputError
+from assets.plumbing.run import check_name, pick_device
 from ilm import load_ilm
 
 MODEL_CARD = """---

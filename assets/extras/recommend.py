@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from assets.guard import InputError, reading
+from assets.plumbing.guard import InputError, reading
 from ilm import load_ilm
 from train_stage2 import Examples
 

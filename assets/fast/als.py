@@ -1,4 +1,4 @@
-"""What makes ALS fast, and changes none of its results. What is solved for: assets/cf.py.
+"""What makes ALS fast, and changes none of its results. What is solved for: assets/plumbing/cf.py.
 
 Rows of like length are solved side by side, short rows by a smaller system, and the prefixes of one
 history all at once. Tested against the definition in tests/test_moment.py and

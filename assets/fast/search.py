@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from transformers import DynamicCache
 
-from assets.guard import InputError
+from assets.plumbing.guard import InputError
 from assets.plumbing.llm import positions
 
 # ---- The trie of names ---------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assets.guard import InputError, printable, reading
+from assets.plumbing.guard import InputError, printable, reading
 
 
 def drop_repeats(users, items, times):

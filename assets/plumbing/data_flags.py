@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from assets.guard import InputError, Parser, a_seed, within
-from assets.readers import MOVIELENS_URL
-from assets.tables_in import NAMES
+from assets.plumbing.guard import InputError, Parser, a_seed, within
+from assets.plumbing.readers import MOVIELENS_URL
+from assets.plumbing.tables_in import NAMES
 
 
 def parse_args(argv=None):

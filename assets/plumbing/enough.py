@@ -1,6 +1,6 @@
 """Whether there is enough to train on; else one line says what is missing."""
 
-from assets.guard import InputError
+from assets.plumbing.guard import InputError
 
 
 def check_stage1(args, batches, valid_items):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from assets.guard import InputError, Parser, a_seed, within
+from assets.plumbing.guard import InputError, Parser, a_seed, within
 
 
 def evaluate_flags(argv, doc, tasks, sasrec_settings):

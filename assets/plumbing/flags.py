@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from assets.guard import InputError, a_seed, within
+from assets.plumbing.guard import InputError, a_seed, within
 
 NOT_WITH = {  # --method: flags that do nothing there
     "ilm-rand": ("stage1",),

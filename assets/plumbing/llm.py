@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from assets.guard import InputError
+from assets.plumbing.guard import InputError
 from assets.plumbing.packable import (
     base_of,
     continue_alone,
@@ -30,7 +30,7 @@ from assets.plumbing.packable import (
     refusal,
     refused_in_one_line,
 )
-from assets.run import autocast, from_pretrained, precision, say
+from assets.plumbing.run import autocast, from_pretrained, precision, say
 
 hf_logging.disable_progress_bar()
 

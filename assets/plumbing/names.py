@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from assets.guard import InputError, reading
+from assets.plumbing.guard import InputError, reading
 
 
 def in_table(table, ids):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from transformers import DynamicCache
 
-from assets.guard import InputError
+from assets.plumbing.guard import InputError
 
 LENGTH = 11  # tokens of each of the five prompts
 SHARED = (2, 4, 5, 7, 8)  # how many of them it shares with the last of the five

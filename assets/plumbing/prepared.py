@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from assets.guard import CONTROL, InputError, end_move, write_atomically
+from assets.plumbing.guard import CONTROL, InputError, end_move, write_atomically
 
 FORMAT = 2  # of a prepared folder; 1 had a table of users' vectors
 

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from assets.guard import InputError, printable, write_file
-from assets.run import check_fingerprint, commit, read_config
+from assets.plumbing.guard import InputError, printable, write_file
+from assets.plumbing.run import check_fingerprint, commit, read_config
 
 
 def describe(run, config, args, device):

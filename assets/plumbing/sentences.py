@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
-from assets.run import from_pretrained
+from assets.plumbing.run import from_pretrained
 
 
 def sentence_encoder(name, model):

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from textwrap import shorten
 
-from assets.guard import InputError, printable, reading
+from assets.plumbing.guard import InputError, printable, reading
 
 csv.field_size_limit(2**31 - 1)  # a text may be long
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assets.guard import printable, reading
+from assets.plumbing.guard import printable, reading
 from data import RANKING_TASKS
 from evaluate import CONTROLS, hr, standard_error
 

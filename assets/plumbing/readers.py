@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from assets.guard import CONTROL, InputError, reading
 from assets.plumbing.checks import drop_repeats
-from assets.tables_in import MISSING, Table, clean, flatten, moment
+from assets.plumbing.guard import CONTROL, InputError, reading
+from assets.plumbing.tables_in import MISSING, Table, clean, flatten, moment
 
 ML_GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForMaskedLM
 
-from assets.guard import reading
-from assets.run import from_pretrained, say
+from assets.plumbing.guard import reading
+from assets.plumbing.run import from_pretrained, say
 
 BERT_NAMES = (
     ("bert.", ""),

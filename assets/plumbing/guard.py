@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 
 class Interrupted(BaseException):
-    """The number of a signal, and what to do next. No KeyboardInterrupt, which a conversation catches (assets/chat.py)."""
+    """The number of a signal, and what to do next. No KeyboardInterrupt, which a conversation catches (assets/extras/chat.py)."""
 
 
 def printable(text):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from assets.cf import UserSolver, solve_rows, standardise
-from assets.guard import InputError
+from assets.plumbing.cf import UserSolver, solve_rows, standardise
+from assets.plumbing.guard import InputError
 from assets.plumbing.names import in_table, unique_titles
-from assets.readers import FILES, files, read_csv, read_items
+from assets.plumbing.readers import FILES, files, read_csv, read_items
 
 
 def note(text):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from assets.cf import CFSettings, UserSolver, train_cf, training_moments, training_pairs
+from assets.plumbing.cf import CFSettings, UserSolver, train_cf, training_moments, training_pairs
 
 RECENCIES = (1.0, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5, 0.35)
 WIDTHS = (24, 64, 128)

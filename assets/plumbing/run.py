@@ -20,7 +20,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from assets.guard import (
+from assets.plumbing.guard import (
     InputError,
     Interrupted,
     drop_previous,
@@ -66,7 +66,7 @@ def autocast(device):
 # ---- Checkpoints, ours and strangers' --------------------------------------------------------------------------------
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_name(name, flag):

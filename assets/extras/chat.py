@@ -12,8 +12,8 @@ from transformers import TextStreamer
 
 import ilm
 from assets.extras.hub import export
-from assets.guard import CONTROL, InputError, Parser, a_seed, printable
-from assets.run import pick_device
+from assets.plumbing.guard import CONTROL, InputError, Parser, a_seed, printable
+from assets.plumbing.run import pick_device
 from data import HISTORY, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
