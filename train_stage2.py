@@ -261,7 +261,7 @@ def parse_args(argv=None):
     add_run_flags(p, "ilm", steps=160, batch_size=16, lr=2e-3, rows=1)
     # Of ilm-rand and mlp; the shape of ilm is its stage-1 run's
     shape = add_qformer_flags(p)
-    window = "W, items of a user's history read beside their vector [20]"
+    window = "W, items of a user's history read beside their vector [20; mlp: 0]"
     shape.add_argument("--history", type=within(int, 0, 200), help=window)
     shape.add_argument("--stage1", help="run of train_stage1.py for --method ilm [out/NAME/stage1]")
     add_switch(shape, "--shuffle-cf", "a control: the CF vectors of other items and users")
@@ -291,7 +291,8 @@ def parse_args(argv=None):
 
     args = p.parse_args(argv)
     refuse_unused(args)
-    args.history = 20 if args.history is None else args.history
+    if args.history is None:  # an MLP reads the vector alone, as CoLLM's: with more it overfits
+        args.history = 0 if args.method == "mlp" else 20
     if args.method == "ilm":
         args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
     if not sum(args.mix):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the tables of assets/docs/RESULTS.md from nothing:   bash assets/tables.sh toy    (or ml100k, beauty, ml1m; PARTS="search main" for some of the parts)
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
-# A method may end in -h0 (no history beside the user's vector), in -none, -uniform, -tau1 (prior and temperature), in -k8 (soft tokens an item).
+# A method may end in -h0, -h20 (so many items of the history beside the user's vector), in -none, -uniform, -tau1 (prior and temperature), in -k8 (soft tokens an item).
 # ml100k-texts, beauty-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
@@ -15,17 +15,18 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept b
 log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1 || { echo "failed: $*" >&2; return 1; }; echo "  took $((SECONDS - began)) s"; }
 pretrain() { [ -d "$1" ] || log python assets/toy_llm/pretrain.py --data "data/$data" --out "$1" --vocab "$2" --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3; }
 
-llm=out/llm/$data stage1="--tokenizer out/llm/$data --steps 300"
+llm=out/llm/$data queries="--num-queries 16"
+stage1="--tokenizer out/llm/$data --steps 300 $queries"
 stage2="--steps 400 --batch-size 8 --name-tokens 8 --valid-users 300 --eval-every 100 --mix .5 .5 0 --prompt-items tokens" evaluate="--batch-size 256"  # as the paper: no texts here, a history is soft tokens
 case $data in
 toy)
-    llm=assets/toy_llm stage1="" stage2="" seeds=${SEEDS:-0 1 2 3 4}
+    llm=assets/toy_llm queries="" stage1="" stage2="" seeds=${SEEDS:-0 1 2 3 4}
     [ -d data/toy ] || log python data.py ;;
 ml100k)
     [ -d data/ml100k ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-ml100k" --items "$SOURCE/ml-100k/u.item" --out data/ml100k
     pretrain $llm 3072 ;;
 beauty)
-    stage2="${stage2/300/500}" evaluate="--batch-size 256 --max-users 5000 --max-texts 200" once="--controls --sasrec {\"dropout\":0.5,\"temperature\":0.07}"
+    stage2="${stage2/300/500}" stage2="${stage2/--batch-size 8/--batch-size 32}" evaluate="--batch-size 256 --max-users 5000 --max-texts 200" once="--controls --sasrec {\"dropout\":0.5,\"temperature\":0.07}"
     [ -d data/beauty ] || log python data.py --dataset openp5 --source "$SOURCE/openp5-beauty" --out data/beauty
     pretrain $llm 4096 ;;
 ml1m)
@@ -50,12 +51,13 @@ align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
 }
 
 flags() {  # flags METHOD SEED: what train_stage2.py needs for it
-    local method=$1 k=${1##*-k} more=""
+    local method=$1 k=${1##*-k} more=$queries
+    case $method in ilm | ilm-it* | ilm-h* | ilm-shuffled) more="" ;; esac  # as their stage 1 has
     case $method in
-    *-h0) more="--history 0" ;; *-none) more="--prior none --temperature fixed" ;; *-uniform) more="--prior uniform --temperature fixed" ;;
-    *-tau1) more="--temperature fixed" ;; *-k[0-9]*) more="--num-queries $k" ;;
+    *-h[0-9]*) more="$more --history ${1##*-h}" ;; *-none) more="$more --prior none --temperature fixed" ;; *-uniform) more="$more --prior uniform --temperature fixed" ;;
+    *-tau1) more="$more --temperature fixed" ;; *-k[0-9]*) more="--num-queries $k" ;;
     esac
-    case ${method%-@(h0|none|uniform|tau1)} in
+    case ${method%-@(h0|h20|none|uniform|tau1)} in
     ilm | ilm-shuffled) echo "--stage1 $(align "$all" "$2") $more" ;;
     ilm-it) echo "--stage1 $(align "itc itm itg" "$2") $more" ;;
     ilm-it-ii) echo "--stage1 $(align "itc itm itg ii" "$2") $more" ;;
@@ -110,14 +112,14 @@ for part in $parts; do
     main)  # seed by seed, so that an interrupted table has whole seeds
         for seed in $seeds; do
             run ilm "$seed" $([ "$seed" = 0 ] && echo $once)
-            for method in ${METHODS:-ilm-rand mlp ilm-h0 mlp-h0 ilm-rand-none ilm-rand-uniform ilm-rand-tau1 ilm-it ilm-it-ii ilm-it-ui text}; do run "$method" "$seed"; done
+            for method in ${METHODS:-ilm-rand mlp ilm-h0 mlp-h20 ilm-rand-none ilm-rand-uniform ilm-rand-tau1 ilm-it ilm-it-ii ilm-it-ui text}; do run "$method" "$seed"; done
         done ;;
     fractions)  # stage 1 alone, on a part of the texts (PERCENT=100: on all)
         for seed in 0 1 2; do for percent in ${PERCENT:-10 30 100}; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
             if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "0.$percent"; fi > /dev/null
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
-        for seed in 0 1 2; do for k in 1 2 8 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
+        for seed in 0 1 2; do for k in 1 4 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
     show) python evaluate.py --table "$results"/*.json ;;
     esac
 done

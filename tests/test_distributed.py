@@ -116,7 +116,7 @@ def test_a_batch_is_shared_by_all_processes_alike(monkeypatch):
 
 
 def test_more_processes_than_gpus_is_a_mistake_that_is_named(monkeypatch):
-    monkeypatch.setattr("assets.run.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("assets.plumbing.run.pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
