@@ -26,9 +26,13 @@ Item encoder and adapter that let a frozen LLM understand the items and users of
 method }}, {{ steps }} steps, seed {{ seed }}, learning rate {{ lr }}). Neither of the two is in
 here. The CF vectors of the prepared folder are part of the model: with others it does not work.
 
-```python from ilm import ILM model = ILM.from_pretrained("this repository or folder",
-data="prepared folder", llm="the LLM, where its name differs")
-print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=False)])) ``` """
+```python
+from ilm import ILM
+
+model = ILM.from_pretrained("this repository", data="prepared folder", llm="where its name differs")
+print(model.generate([model.prompt_ids("Describe {item}.", items=[0], named=False)]))
+```
+"""
 
 
 class Folder(
