@@ -49,12 +49,13 @@ from assets.plumbing.readers import load_cf, read_files
 from assets.toy_world import toy_files
 
 RANKING_TASKS = ("sequential", "straightforward")
-HISTORY = 20  # OpenP5: histories are cut to the last 20 items
+PROMPT_ITEMS = 20  # OpenP5: histories are cut to the last 20 items
 SOFT = "<|soft|>"  # one soft token in prompt text; its id never reaches the LLM's embedding table
-HIDDEN = {"train": 2, "valid": 2, "test": 1, None: 0}  # last items of a user that a split hides
+# Last items of a user that are hidden. train and valid see the same; valid asks for what follows
+HIDDEN = {"train": 2, "valid": 2, "test": 1, None: 0}
 
 
-# ---- The prepared folder, as the other scripts see it ------------------------
+# ---- The prepared folder, as the other scripts see it ----
 
 
 @dataclass(eq=False)
@@ -62,7 +63,9 @@ class Dataset:
     """A prepared folder in memory: I items, U users, E CF dimensions.
 
     Raw vectors are as ALS left them: a raw user's dot product with a raw item is MF's score.
-    Encoders read standardised ones. Users' vectors are solved for when they are asked for.
+    Encoders read standardised ones. Users' vectors are solved for when they are asked for: by
+    users_at for validation, test and conversation, by training_users for stage 2, by moments for
+    stage 1, and by all_of for new items alone.
     """
 
     path: Path
@@ -112,10 +115,10 @@ class Dataset:
         return self.solver.still().of_histories(histories)
 
     def training_users(self, user, places):
-        """Raw vectors (n, E) of a user as a training target at each place (n,) of the history meets
-        them.
+        """One user's raw vectors (n, E), each just before the item at one of the places (n,) of
+        their history, which is the target.
 
-        No vector knows its target: it is folded in from what came before, or, where order does not
+        No vector is folded in from its target, but from what came before, or, where order does not
         matter (recency 1), from all *other* training items, since short pasts make poor vectors.
         DEVIATION: the paper gives a user one vector, fitted to all training items.
         """
@@ -127,7 +130,7 @@ class Dataset:
         return self.solver.without(history, places)
 
     def moments(self, users, places):
-        """Raw vectors (n, E) of many users, each as a training target at one place meets them."""
+        """training_users of many users (n,), one place each -> (n, E)."""
         if self.user_cf is None:
             return self.solver.moments([self.items_of(u, "train") for u in users], places)
         vectors = [self.training_users(u, [place]) for u, place in zip(users, places)]
@@ -175,7 +178,7 @@ def load_dataset(path):
         )
 
 
-# ---- Sequences ---------------------------------------------------------------
+# ---- Sequences ----------------------------
 
 
 def k_core(users, items, min_count):
@@ -222,7 +225,7 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
     return user_ids.tolist(), item_ids.tolist(), indptr, items[order]
 
 
-# ---- CF vectors --------------------------------------------------------------
+# ---- CF vectors ---------------------------
 
 
 def find_cf(indptr, sequence, num_items, file=None, fixed=None, seed=0):
@@ -245,7 +248,7 @@ def find_cf(indptr, sequence, num_items, file=None, fixed=None, seed=0):
     return vectors, {"algorithm": file or "implicit ALS", "settings": asdict(settings), **measured}
 
 
-# ---- Names and prompts -------------------------------------------------------
+# ---- Names and prompts --------------------
 
 
 def item_names(dataset, tokenizer, style="title", max_tokens=0):
@@ -287,7 +290,7 @@ def ranking_templates(path, name):
     return found
 
 
-# ---- Text tasks --------------------------------------------------------------
+# ---- Text tasks ---------------------------
 
 
 def item_split(name, item_id):
@@ -366,7 +369,7 @@ def text_tasks(items, text_splits, templates, item_cf, seed, limit=5000):
     return tasks
 
 
-# ---- All of it ---------------------------------------------------------------
+# ---- All of it ----------------------------
 
 
 def prepare(

@@ -5,16 +5,17 @@
     python evaluate.py --recommend users.txt                # ten items for each user id in it
     python evaluate.py --table assets/results/main/*.json   # means over seeds; runs nothing
 
-Ranking: the LLM's likelihood of each item's name orders the whole catalogue for every test user, by
-one of the ten seen prompts (user number modulo 10) and by the unseen one. Ties count against the
-target. Items of the user's own history are taken out, for every method and reference alike
-(--keep-history leaves them in).
+Ranking: ILM.score, log p among the catalogue's names with the prior, orders the catalogue (above
+1,000 items its best 20: --beams) for every test user, by one of the ten seen prompts (user number
+modulo 10) and by the unseen one. Ties count against the target. Items of the user's own history are
+taken out, for every method and reference alike (--keep-history leaves them in).
 
 Text: log perplexity (-log p per target token, lower is better); where a task asks for one
 attribute, the share of generated answers that equal the truth; SC, semantic consistency.
 
-References use no text, and know the whole history up to the moment, as our prompts do. Retention =
-sequential HR@10 / HR@10 of the better form of MF: about 1 where the CF signal survives the LLM.
+References use no text, and know the whole history up to the moment, as a user's vector does.
+Retention = sequential HR@10 / HR@10 of MF at the moment, with or without popularity, whichever is
+better on validation. It is 1 for a model that is as good as MF, which says not where it is from.
 """
 
 import copy
@@ -22,7 +23,6 @@ import hashlib
 import math
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from assets.plumbing.cf import UserSolver, training_part
+from assets.plumbing.cf import training_part
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
@@ -57,7 +57,7 @@ def thinned(rows, limit):
     return rows[:: math.ceil(len(rows) / limit)]
 
 
-# ---- Metrics: pure functions ---------------------------------------------------------------------
+# ---- Metrics: pure functions --------------
 
 
 def hr(ranks, k):
@@ -94,7 +94,8 @@ def ranking_metrics(ranks):
 
 def target_ranks(scores, targets):
     """Scores (B, I), targets (B,) -> (B,): 1 + the number of other items that score at least as
-    much. So ties count against the target, and so does a score that is not a number."""
+    much (the target itself is the 1). So ties count against the target, and so does a score that
+    is not a number."""
     own = scores.gather(1, targets[:, None])
     return (~(scores < own)).sum(1)
 
@@ -111,7 +112,7 @@ def targets_and_taken(dataset, users, split, keep_history):
     return targets, taken
 
 
-# ---- References: recommenders that need no LLM ---------------------------------------------------
+# ---- References: recommenders that need no LLM ----
 # Each is a function (dataset, users (B,), split) -> scores (B, I), fitted on the training part.
 
 
@@ -150,11 +151,12 @@ def mf_at_the_moment(dataset, users, split):
 
 
 def mf(dataset, users, split):
-    """The user folded in from the whole history, all items alike."""
+    """The user folded in from the whole history, all items alike. E and ridge are those that were
+    chosen for users at a moment."""
     if dataset.user_cf is not None:  # another engine's users stand at every moment
         return mf_at_the_moment(dataset, users, split)
-    still = UserSolver(dataset.raw_cf, replace(dataset.solver.settings, recency=1.0))
-    return still.of_histories([dataset.items_of(u, split) for u in users]) @ dataset.raw_cf.T
+    histories = [dataset.items_of(u, split) for u in users]
+    return dataset.solver.still().of_histories(histories) @ dataset.raw_cf.T
 
 
 def mf_plus_popularity(dataset, users, split, weight):
@@ -234,7 +236,7 @@ def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
     return found
 
 
-# ---- Stage 1 -------------------------------------------------------------------------------------
+# ---- Stage 1 ------------------------------
 
 
 def evaluate_stage1(run, config, args, device):
@@ -258,7 +260,7 @@ def evaluate_stage1(run, config, args, device):
     return {"stage1": measured}
 
 
-# ---- Stage 2: ranking ----------------------------------------------------------------------------
+# ---- Stage 2: ranking ---------------------
 
 
 def test_users(dataset, limit):
@@ -284,7 +286,7 @@ def evaluate_ranking(examples, task, prompts, users, args):
     return ranking_metrics(torch.cat(ranks))
 
 
-# ---- Stage 2: texts of held-out items ------------------------------------------------------------
+# ---- Stage 2: texts of held-out items -----
 
 
 def text_instances(examples, split, limit):
@@ -306,7 +308,7 @@ def text_losses(examples, instances):
             nll = examples.model(batch)[1].double().cpu()
 
         # A token's place among the rows (B, L), laid end to end, tells its row
-        row = batch["target"] // batch["label"].shape[1]
+        row = batch["target_at"] // batch["label"].shape[1]
         yield from zip(chunk, np.bincount(row, nll), np.bincount(row))
 
 
@@ -371,7 +373,7 @@ def evaluate_text(examples, args):
     }
 
 
-# ---- One run -------------------------------------------------------------------------------------
+# ---- One run ------------------------------
 
 
 def controls(model):
@@ -385,7 +387,7 @@ def controls(model):
         elif name == "zero_soft_tokens":
             control.adapter.loudness.fill_(0)
         else:
-            control.Q = 0
+            control.Q = 0  # items by name, a user by id; in text tasks "this item"
         yield name, Examples(control, control.dataset)
 
 

@@ -10,8 +10,8 @@
 
 It reads, ranks and writes. Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is
 CoLLM's. Simplified against the paper: the LLM is whatever checkpoint you name, decoder-only or
-encoder-decoder (assets/plumbing/llm.py). What is only faster, packed rows and the search through
-the names, is in assets/fast/."""
+encoder-decoder (assets/plumbing/llm.py). The names' trie is in assets/plumbing/trie.py. What is
+only faster, packed rows and the search through the names, is in assets/fast/."""
 
 from pathlib import Path
 
@@ -19,34 +19,35 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from assets.fast.packing import SOFT_BASE, index_prompts, index_targets, target_states
-from assets.fast.search import Trie, best_items, search, segment_logsumexp
+from assets.fast.packing import SOFT_BASE, index_prompts, target_states
+from assets.fast.search import best_items, search
 from assets.plumbing.cf import training_moments
 from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, fill, frame
 from assets.plumbing.guard import InputError, run_script
 from assets.plumbing.llm import load_llm
 from assets.plumbing.run import check_fingerprint, load_weights, read_config
+from assets.plumbing.trie import Trie, index_targets, segment_logsumexp
 from data import SOFT, item_names, load_dataset
 from qformer import QFormer, QFormerConfig
 
-# Of the frozen LLM's voice among the trie's children, for all methods and data sets; it is learned
-START_TEMPERATURE = 0.4
+# How loudly the frozen LLM is heard among a trie's children at first, in all methods and data sets.
+# It is learned, and multiplies logits, where ITC's temperature divides them
+START_TAU = 0.4
 PRIORS = ("popularity", "uniform", "none")
 
 
-# ---- From a CF vector to soft tokens -------------------------------------------------------------
+# ---- From a CF vector to soft tokens ------
 
 
 class MLPEncoder(nn.Module):
-    """CoLLM's baseline, (N, (1 + W) * E) -> (N, Q, hidden): two layers, which no text ever shaped.
-    What it reads is a vector, and for users those of the last W items behind it."""
+    """CoLLM's baseline, (N, E') -> (N, Q, hidden): two layers, which no text ever shaped. W is 0 by
+    default: with the last items behind the vector it overfits."""
 
     def __init__(self, cf_dim, num_queries, hidden, history=0):
         super().__init__()
-        E = cf_dim * (1 + history)
-        self.net = nn.Sequential(
-            nn.Linear(E, 10 * E), nn.ReLU(), nn.Linear(10 * E, num_queries * hidden)
-        )
+        read, middle = cf_dim * (1 + history), 10 * cf_dim  # E', 10 E
+        layers = nn.Linear(read, middle), nn.ReLU(), nn.Linear(middle, num_queries * hidden)
+        self.net = nn.Sequential(*layers)
         self.num_queries, self.width, self.history = num_queries, hidden, history
 
     def encode(self, cf):
@@ -65,7 +66,7 @@ class Loudness(nn.Module):
         return states * self.loudness
 
     @torch.no_grad()
-    def set_up(self, states, probe, loudness):
+    def fit(self, states, probe, loudness):
         """From now on states like probe (N, Q, D) come out with a root mean square of loudness."""
         self.loudness.fill_(1)
         self.loudness.fill_(loudness / self(probe).pow(2).mean().sqrt())
@@ -86,10 +87,10 @@ class Adapter(Loudness):
         return super().forward(torch.stack([f(x) for f, x in zip(self.maps, states)], 1))
 
     @torch.no_grad()
-    def set_up(self, states, probe, loudness):
+    def fit(self, states, probe, loudness):
         """The whitening, from states (N, Q, D) of items and users, then the loudness."""
         self.whiten_(states.flatten(0, 1))
-        super().set_up(states, probe, loudness)
+        super().fit(states, probe, loudness)
 
     @torch.no_grad()
     def whiten_(self, states):
@@ -108,9 +109,9 @@ class Adapter(Loudness):
 
 
 def make_encoder(config, cf_dim, hidden):
-    """The item encoder of a method; None has no soft tokens. Of your own: any module with a number
-    `width` and encode(cf (N, E)) -> (N, Q, width), a line here, and its name in METHODS of
-    train_stage2.py."""
+    """The item encoder of a method; None has no soft tokens. Of your own: any nn.Module with a
+    number `width` and encode(cf (N, E)) -> (N, Q, width), three lines here, and its name in METHODS
+    of train_stage2.py."""
     if config["method"] == "text":
         return None
     if config["method"] == "mlp":
@@ -121,13 +122,14 @@ def make_encoder(config, cf_dim, hidden):
     return encoder
 
 
-# ---- From a template to token ids ----------------------------------------------------------------
+# ---- From a template to token ids ---------
 
 
 class Prompt(list):
-    """Token ids, and the CF vectors [(E,), ...] that they mention beside the catalogue's.
+    """Token ids, and what encoders read [(E',), ...] of those that are mentioned beside the
+    catalogue.
 
-    A soft token is an id above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
+    A soft token's id is above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
     entity. Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items.
     So a user is nothing that the model knows: their vector travels along."""
 
@@ -136,7 +138,7 @@ class Prompt(list):
         self.cf = list(cf)
 
 
-# ---- The model -----------------------------------------------------------------------------------
+# ---- The model ----------------------------
 
 
 class ILM(nn.Module):
@@ -176,7 +178,7 @@ class ILM(nn.Module):
         if self.Q:
             mlp = isinstance(encoder, MLPEncoder)
             self.adapter = Loudness() if mlp else Adapter(self.Q, encoder.width, llm.width)
-            self.set_up()
+            self.set_up()  # load_ilm overwrites it with what the run had
 
     @torch.no_grad()
     def set_up(self):
@@ -190,13 +192,13 @@ class ILM(nn.Module):
         probe = self.with_history(probe.to(self.cf.device))
 
         # States to whiten: some thousands of items and users will do
-        users, places = training_moments(self.dataset.indptr, 2_000)
-        vectors = self.dataset.standard_users(self.dataset.moments(users, places))
-        histories = [self.dataset.items_of(u)[:place] for u, place in zip(users, places)]
+        who, places = training_moments(self.dataset.indptr, 2_000)
+        vectors = self.dataset.standard_users(self.dataset.moments(who, places))
+        histories = [self.dataset.items_of(u, "train")[:n] for u, n in zip(who, places)]
         users = self.with_history(vectors, histories).to(self.cf)
-        some = self.with_history(self.cf[:: self.num_items // 5_000 + 1])
+        items = self.with_history(self.cf[:: self.num_items // 5_000 + 1])
         encode = self.encoder.eval().encode
-        self.adapter.set_up(encode(torch.cat([some, users])), encode(probe), loudness)
+        self.adapter.fit(encode(torch.cat([items, users])), encode(probe), loudness)
 
     def set_prior(self, prior, temperature):
         """The prior in the trie: p is divided among a node's children not by the LLM's logits
@@ -215,7 +217,7 @@ class ILM(nn.Module):
             log_count = torch.zeros_like(log_count)
         self.register_buffer("log_count", log_count, persistent=False)
         learned = temperature == "learned" and (self.Q > 0 or self.llm.trained)
-        tau = torch.tensor(START_TEMPERATURE if learned else 1.0)
+        tau = torch.tensor(START_TAU if learned else 1.0)
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
     def among_children(self, logit, child):
@@ -234,8 +236,8 @@ class ILM(nn.Module):
 
     def with_history(self, vectors, histories=None):
         """Vectors (N, E) of users, and all that they chose before, N sequences of items, oldest
-        first -> what encoders read (N, (1 + W) * E): behind a vector those of the last W items,
-        latest first, zeros where there is none. Items have no history. W is --history."""
+        first -> what encoders read (N, E'): behind a vector those of the last W items, latest
+        first, zeros where there is none. Items have no history. W is --history."""
         if histories is None:
             return nn.functional.pad(vectors, (0, self.history * self.cf.shape[1]))
         recent = np.full((len(vectors), self.history), self.num_items)
@@ -260,7 +262,7 @@ class ILM(nn.Module):
     def prompt_ids(self, template, user=None, history=(), items=(), named=True, cf=None, guests=()):
         """A template -> a Prompt.
 
-        user: an index; cf (E,): what stands for them [their vector now]. {item:7}, {user:7} and
+        user: an index; cf (E',): what stands for them [their vector now]. {item:7}, {user:7} and
         {history:7,8} say themselves whom they mean, by index; {item:I+n} is guests[n], a vector
         (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
         templates is a conversation, user and model in turn. What is too long loses its oldest
@@ -291,16 +293,15 @@ class ILM(nn.Module):
             for kind, mentioned in parts:
                 if kind == "words":
                     text += mentioned
-                    continue
-                if kind == "user":
+                elif kind == "user":
                     person, vector = (user, cf) if mentioned is None else (mentioned, None)
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
                         vectors.append(self.user_now(person) if vector is None else vector)
-                    mentioned = self.num_items + len(vectors) - 1
+                        entities.append(self.num_items + len(vectors) - 1)
                 else:
                     text += self.item_words(kind, mentioned, named) + SOFT * self.Q
-                entities.append(mentioned)
+                    entities.append(mentioned)
             texts.append(text)
         framed, special = frame(texts, self.tokenizer, self.config.get("chat_date", CHAT_DATE))
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
@@ -315,10 +316,11 @@ class ILM(nn.Module):
 
     def item_words(self, kind, item, named):
         """What is said of an {item} or of an item of a {history}: its name, or nothing."""
-        told = named or kind == "history"
-        if self.config["prompt_items"] == "tokens" and self.Q or item >= self.num_items or not told:
-            return "this item" if kind == "item" and not self.Q else ""
-        return self.names[item]
+        if kind == "item" and not named:  # text tasks
+            return "" if self.Q else "this item"
+        if item >= self.num_items:  # a mixture has no name
+            return ""
+        return "" if self.Q and self.config["prompt_items"] == "tokens" else self.names[item]
 
     def target_ids(self, text):
         """The tokens of what follows a prompt, and the end token."""
@@ -338,6 +340,7 @@ class ILM(nn.Module):
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
         items, users = self.with_history(self.cf[soft["soft_item"]]), soft["soft_cf"].to(self.cf)
         users = nn.functional.pad(users, (0, items.shape[1] - users.shape[1]))  # mixtures of items
+        # Through here the gradient leaves the LLM for adapter and encoder
         tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
         tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
         return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
@@ -347,18 +350,18 @@ class ILM(nn.Module):
         each, (T,). p is divided among all tokens, or, where a target is part of a name, among those
         that the catalogue allows there."""
         log_p = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        if len(targets["words"]):
-            logits = self.llm.head(hidden.index_select(0, targets["words"]))  # (words, V)
-            own = logits.gather(1, targets["word"][:, None])[:, 0]
-            log_p = log_p.index_copy(0, targets["words"], own - logits.logsumexp(1))
-        if len(targets["named"]):
+        if len(targets["word_at"]):
+            logits = self.llm.head(hidden.index_select(0, targets["word_at"]))  # (words, V)
+            own = logits.gather(1, targets["word_id"][:, None])[:, 0]
+            log_p = log_p.index_copy(0, targets["word_at"], own - logits.logsumexp(1))
+        if len(targets["name_at"]):
             parent, child, trie = targets["parent"], targets["child"], self.trie()
-            hidden = hidden.index_select(0, targets["named"])
+            hidden = hidden.index_select(0, targets["name_at"])
             logits = self.llm.head(hidden, trie.vocabulary)  # (named, tokens of names)
             logit = self.among_children(logits[parent, trie.column[child]], child)
             total = segment_logsumexp(logit, parent, len(hidden))
-            own = logit.index_select(0, targets["hit"])
-            log_p = log_p.index_copy(0, targets["named"], own - total)
+            own = logit.index_select(0, targets["own_child"])
+            log_p = log_p.index_copy(0, targets["name_at"], own - total)
         return log_p
 
     def forward(self, batch):
@@ -386,7 +389,7 @@ class ILM(nn.Module):
     def score(self, prompts, items, chunk=64):
         """log p of items' names after each prompt, prompts (B,), items (N,) -> (B, N). This is what
         ranking *is*: the sum over a name's tokens of log p, p divided among the trie's children at
-        each of them, until the name is decided. rank finds the best of it faster."""
+        each of them, until the name is decided. Tests alone call it: rank is its fast twin."""
         scores = torch.zeros(len(prompts), len(items))
         for row, prompt in enumerate(prompts):
             kept = self.llm.read(*self.embed_prompts([prompt]))
@@ -443,7 +446,7 @@ class ILM(nn.Module):
         return hub.load(name, data, llm, **more)
 
 
-# ---- Building and loading ------------------------------------------------------------------------
+# ---- Building and loading -----------------
 
 
 def build_ilm(config, dataset, device):

@@ -12,10 +12,11 @@ Source: BLIP-2 (arXiv 2301.12597, section 3) with a CF vector in place of an ima
 2406.02844) adds the item-item (II) and user-item (UI) losses. A user is one more item: the same
 encoder reads user vectors.
 
-Dimension letters, for the whole project:
+Dimension letters of the six files (assets/ says its own):
     B batch    Q queries = soft tokens per item    T text tokens    M CF key tokens
     D Q-Former width    E CF width    H heads    V vocabulary    P width of the contrastive space
     L prompt length    W items of a history    I items    U users    N any number of rows    S keys
+    E' = (1 + W) * E: a vector, and behind it those of a user's last W items (zeros for an item)
 """
 
 import math
@@ -43,7 +44,7 @@ class QFormerConfig:
     dropout: float = 0.1
 
 
-# ---- Who may see whom ----------------------------------------------------------------------------
+# ---- Who may see whom ---------------------
 
 
 def attention_pattern(pattern, num_queries, text_mask):
@@ -63,6 +64,9 @@ def attention_pattern(pattern, num_queries, text_mask):
     joint: they may compare notes.
     causal: text is written word by word from what the queries say; queries never peek at the text
     they must explain.
+
+    Queries see the same in separate and causal. So item_text_losses takes ITC's queries from ITG's
+    pass, and ITC's texts from a pass without queries.
     """
     (B, T), Q = text_mask.shape, num_queries
     allowed = torch.zeros(Q + T, Q + T, dtype=torch.bool, device=text_mask.device)
@@ -79,7 +83,7 @@ def attention_pattern(pattern, num_queries, text_mask):
     return allowed & keys[:, None, None, :]
 
 
-# ---- Building blocks (BERT's: LayerNorm *after* each residual sum, erf gelu) ---------------------
+# ---- Building blocks (BERT's: LayerNorm *after* each residual sum, erf gelu) ----
 
 
 class Attention(nn.Module):
@@ -188,7 +192,7 @@ class HistoryKeys(nn.Module):
         return keys, F.pad(there, (0, 1), value=True)[:, None, None]
 
 
-# ---- The model -----------------------------------------------------------------------------------
+# ---- The model ----------------------------
 
 
 class QFormer(nn.Module):
@@ -265,7 +269,7 @@ class QFormer(nn.Module):
     def forward(self, cf=None, text_ids=None, text_mask=None, pattern="joint"):
         """An item, a text, or both, seeing of each other what the pattern allows.
 
-        cf (B, E) and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states
+        cf (B, E or E') and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states
         (B, T, D); Q or T is 0 for what was not given.
         """
         Q, mask, cf_keys, history = 0, None, None, None
@@ -289,7 +293,8 @@ class QFormer(nn.Module):
         return x[:, :Q], x[:, Q:]
 
     def encode(self, cf):
-        """CF vectors of items or users (B, E) -> Q soft tokens each (B, Q, D): all of stage 2."""
+        """CF vectors of items or users (B, E or E') -> Q states each (B, Q, D), which stage 2's
+        adapter turns into soft tokens."""
         return self(cf)[0]
 
     def freeze_all_but_encode(self):
@@ -329,7 +334,7 @@ class QFormer(nn.Module):
         return self.temperature.clamp(0.001, 0.5)
 
 
-# ---- The losses: pure functions, tensors in, scalar out ------------------------------------------
+# ---- The losses: pure functions, tensors in, scalar out ----
 
 
 def item_text_similarity(query_features, text_features):
@@ -419,7 +424,7 @@ def next_tokens(text_states, text_ids, text_mask):
     return text_states[:, :-1][real], text_ids[:, 1:][real]
 
 
-# ---- The losses of a batch -----------------------------------------------------------------------
+# ---- The losses of a batch ----------------
 # Where several processes share a batch, each calls these functions with its own rows. Its `gather`
 # makes the rows of all from them, in the order of their ranks, and knows its rank.
 
@@ -437,7 +442,8 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
     """The three BLIP-2 losses: cf (B, E), ids and mask (B, T) -> {"itc", "itm", "itg"}, scalars.
 
     key (B,): equal for items of equal text. Position 0 of ids is [CLS], to compare or match; dec is
-    the token that takes its place to write.
+    the token that takes its place to write. Read it at first for a single process: there gather(x)
+    is x, and own is 0 .. B-1.
     """
     own = gather.rank * len(cf) + torch.arange(len(cf), device=cf.device)  # its rows among all
     everything = gather(cf), gather(ids), gather(mask)
@@ -460,8 +466,8 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
     wrong_item = hard_negatives(similarity.T / temperature, duplicates.T, generator)
     item = torch.cat([own, own, wrong_item[own]])  # (3B,)
     text = torch.cat([own, wrong_text[own], own])
-    labels = (item == text) | duplicates[item, text]
-    losses["itm"] = itm_loss(model.match_logits(*everything, item, text), labels.long())
+    labels = (item == text).long()
+    losses["itm"] = itm_loss(model.match_logits(*everything, item, text), labels)
 
     # ITG: write the text from the queries. The mean is over the tokens of all processes, whose
     # gradients are averaged: so the sum is divided by the tokens of a process on average

@@ -12,8 +12,8 @@ Every step sums five losses, each explained where it is defined (qformer.py):
     ii   item-item contrastive
     ui   user-item contrastive; these two on all training interactions
 Held-out items lend their CF vectors to ii and ui, and their texts to no loss. The best checkpoint
-has the lowest itc + itm + itg on the validation items. DEVIATION: the paper alternates item-text
-and item-item batches; here both stand in every step.
+has the lowest sum of those of itc, itm, itg that --losses names, on the validation items.
+DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 
 What both training scripts need stands first (schedule, optimizer); what surrounds every run is in
 assets/plumbing/run.py.
@@ -54,7 +54,7 @@ TEXT_LOSSES = ("itc", "itm", "itg")
 PAIR_LOSSES = ("ii", "ui")
 LOSSES = TEXT_LOSSES + PAIR_LOSSES
 
-# ---- Shared by both stages -----------------------------------------------------------------------
+# ---- Shared by both stages ----------------
 
 
 def set_learning_rate(optimizer, step, steps, peak):
@@ -88,7 +88,7 @@ def clip_and_step(optimizer, scaler):
     return norm
 
 
-# ---- Batches: every one a function of (seed, step), so that a resumed run sees the same ----------
+# ---- Batches: every one a function of (seed, step), so that a resumed run sees the same ----
 
 
 class Pairs:
@@ -131,7 +131,7 @@ class Batches:
         self.pairs = Pairs(dataset)
         items = np.array(dataset.items_in("train"))
         self.items = share_of(items, args.text_fraction, args.seed)
-        self.with_text = not {*args.losses} <= {*PAIR_LOSSES}
+        self.with_text = bool({*args.losses} & {*TEXT_LOSSES})
 
     def size(self, choices):
         return min(self.args.batch_size, len(choices)) // self.world * self.world
@@ -154,11 +154,12 @@ class Batches:
         return seed, batch
 
 
-# ---- All losses of a step ------------------------------------------------------------------------
+# ---- All losses of a step -----------------
 
 
 class FastQFormer(ComputesLess, QFormer):
-    """The Q-Former, with less work for the same losses."""
+    """The Q-Former, with text_features and match_logits replaced by faster ones of equal results
+    (assets/fast/matching.py). To step through the definition, put QFormer in its place."""
 
 
 class Objective(nn.Module):
@@ -172,10 +173,10 @@ class Objective(nn.Module):
         """A batch of Batches.draw, of which each process reads its own rows -> {name: loss}, {name:
         accuracy}."""
         losses, accuracy = {}, {}
-        for name, joint in batch.items():
-            rows = [x[own_rows(len(x))].to(self.model.queries.device) for x in joint]
+        for name, whole in batch.items():
+            rows = [x[own_rows(len(x))].to(self.model.queries.device) for x in whole]
             if name == "text":
-                losses = item_text_losses(self.model, *rows, self.dec, generator, self.gather)
+                losses |= item_text_losses(self.model, *rows, self.dec, generator, self.gather)
             else:
                 losses[name], hits = pair_loss(self.model, *rows, self.gather)
                 accuracy[f"{name}_accuracy"] = hits
@@ -209,7 +210,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     return {**sums, **recall, "chance@1": 1 / len(items)}
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- The script ---------------------------
 
 
 def parse_args(argv=None):

@@ -6,13 +6,14 @@ every baseline of the tables.
     python train_stage2.py --method ilm-rand --lr 4e-3 # a Q-Former that skipped stage 1
     python train_stage2.py --mix 0 0 1                 # text tasks alone, as the paper's ELM-24
     python train_stage2.py --method text --train-llm   # OpenP5's way: names only, the LLM trains
-    python train_stage2.py --data data/ml-1m --llm org/model      # writes out/ml-1m/ilm
+    python train_stage2.py --data data/ml-1m --llm org/model
 
 The loss is -log p(target tokens | prompt), by the LLM's own p where the target is text. DEVIATION:
 where it is an item's name, p of each token is divided among the tokens that the catalogue allows
-there, exactly as when evaluate.py ranks. Nothing is spent on spelling, and a name ends where it is
-decided (--full-vocabulary: the paper's loss). A user is what came before the target. The gradient
-reaches item encoder and adapter through the frozen LLM, which stays as it is but for --train-llm.
+there, with the prior of ILM.set_prior, exactly as when evaluate.py ranks. Nothing is spent on
+spelling, and a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what
+came before the target (data.Dataset.training_users). The gradient reaches item encoder and adapter
+through the frozen LLM, which stays as it is but for --train-llm.
 
 Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from assets.fast.packing import SOFT_BASE, collate, index, pack
+from assets.fast.packing import collate, index, item_ends, pack
 from assets.plumbing.enough import check_stage2
 from assets.plumbing.flags import (
     add_choice,
@@ -66,7 +67,7 @@ from assets.plumbing.run import (
     sum_over_processes,
 )
 from assets.plumbing.texts import Texts, share_of
-from data import HISTORY, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
+from data import PROMPT_ITEMS, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
 from ilm import CHAT_DATE, PRIORS, Prompt, build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import clip_and_step, make_optimizer, set_learning_rate
@@ -75,7 +76,7 @@ METHODS = ("ilm", "ilm-rand", "mlp", "text")
 KINDS = ("sequential", "straightforward", "text")
 
 
-# ---- Examples and batches: every batch a function of (seed, step, micro-step) --------------------
+# ---- Examples and batches: every batch a function of (seed, step, micro-step) ----
 
 
 class Examples:
@@ -97,20 +98,18 @@ class Examples:
 
     # -- what stands for a user, with the last items behind it where encoders read them
 
-    def users_at(self, users, split):
+    def read_at(self, users, split):
         """What encoders read (B, E') of users when the target of `split` is asked for."""
         if self.model.shuffled:
             users = self.stranger[users]
         vectors = self.dataset.standard_users(self.dataset.users_at(users, split))
         return self.model.with_history(vectors, [self.dataset.items_of(u, split) for u in users])
 
-    def training_users(self, user, places):
-        """What encoders read (n, E') of a user as a training target at each place (n,) meets
-        them."""
-        if self.model.shuffled:
-            other = self.users[self.stranger[user] % len(self.users)]
-            count = len(self.dataset.items_of(other, "train"))
-            places, user = 1 + (places - 1) % (count - 1), other
+    def read_before(self, user, places):
+        """What encoders read (n, E') of one user just before each place (n,) of their history."""
+        if self.model.shuffled:  # a stranger, at some place of their own history
+            user = self.users[self.stranger[user] % len(self.users)]
+            places = 1 + (places - 1) % (len(self.dataset.items_of(user, "train")) - 1)
         vectors = self.dataset.standard_users(self.dataset.training_users(user, places))
         history = self.dataset.items_of(user, "train")
         return self.model.with_history(vectors, [history[:place] for place in places])
@@ -125,14 +124,14 @@ class Examples:
         return self.model.names_trie.paths[item]
 
     def ranking(self, task, user, history, template, cf=None):
-        history = [int(i) for i in history[-HISTORY:]] if task == "sequential" else ()
+        history = [int(i) for i in history[-PROMPT_ITEMS:]] if task == "sequential" else ()
         return self.model.prompt_ids(template, user=user, history=history, cf=cf)
 
     def ranking_prompts(self, task, users, split, prompts):
         """What evaluation asks of users (B,): the template is the user's number modulo their
         count."""
         templates, asked = self.templates[task, prompts], []
-        for user, cf in zip(users, self.users_at(users, split)):
+        for user, cf in zip(users, self.read_at(users, split)):
             template = templates[int(user) % len(templates)]
             history = self.dataset.items_of(user, split)
             asked.append(self.ranking(task, user, history, template, cf))
@@ -143,42 +142,35 @@ class Examples:
         return prompt, self.model.target_ids(instance["target"])[: self.model.context - len(prompt)]
 
     def prefixes(self, user, window, cf, template):
-        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E'). Soft
-        tokens split a text, so that what stands before an item has the same tokens whatever
-        follows: all are cut from the longest one, tokenised once."""
-        longest, Q = self.ranking("sequential", user, window[:-1], template, cf[-1]), self.model.Q
-        first_user = SOFT_BASE + self.model.num_items * Q
-        ends = [  # of the history's items
-            place + 1
-            for place, i in enumerate(longest)
-            if SOFT_BASE <= i < first_user and (i - SOFT_BASE) % Q == Q - 1
-        ]
-        if len(ends) != len(window) - 1:  # no soft tokens, or a history that had to be shortened
-            return [
-                self.ranking("sequential", user, window[:k], template, cf[k - 1])
-                for k in range(1, len(window))
-            ]
-        after = longest[ends[-1] :]
+        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E')."""
+        longest = self.ranking("sequential", user, window[:-1], template, cf[-1])
+        ends = item_ends(longest, self.model.num_items, self.model.Q)
+        if len(ends) == len(window) - 1:  # cut from the longest one, which is tokenised once
+            after = longest[ends[-1] :]
+            cut = [[*longest[:end], *after] for end in ends]
+            return [Prompt(ids, [vector] * len(longest.cf)) for ids, vector in zip(cut, cf)]
+
+        # The definition; no soft tokens tell where to cut, or the history had to be shortened
         return [
-            Prompt([*longest[:end], *after], [vector] * len(longest.cf))
-            for end, vector in zip(ends, cf)
+            self.ranking("sequential", user, window[:k], template, cf[k - 1])
+            for k in range(1, len(window))
         ]
 
     def sequential_row(self, user, template, rng):
-        """A random window of HISTORY + 1 training items; each but the first is the target of the
-        window before it."""
+        """A random window of PROMPT_ITEMS + 1 training items; each but the first is the target of
+        those before it."""
         items = self.dataset.items_of(user, "train")
-        start = int(rng.integers(max(1, len(items) - HISTORY)))
-        window = items[start : start + HISTORY + 1]
-        cf = self.training_users(user, np.arange(start + 1, start + len(window)))
+        start = int(rng.integers(max(1, len(items) - PROMPT_ITEMS)))
+        window = items[start : start + PROMPT_ITEMS + 1]
+        cf = self.read_before(user, np.arange(start + 1, start + len(window)))
         prompts = self.prefixes(user, window, cf, template)
         return self.pack([(p, *self.name(item)) for p, item in zip(prompts, window[1:])])
 
     def straightforward_row(self, user, template, rng):
-        """Up to HISTORY of the user's training items, each asked for at its own moment."""
+        """Up to PROMPT_ITEMS of the user's training items, each asked for at its own moment."""
         items = self.dataset.items_of(user, "train")
-        places = 1 + rng.permutation(len(items) - 1)[:HISTORY]
-        cf = self.training_users(user, places)
+        places = 1 + rng.permutation(len(items) - 1)[:PROMPT_ITEMS]
+        cf = self.read_before(user, places)
         prompt = self.ranking("straightforward", user, (), template, cf[0])
         prompts = [Prompt(prompt, [vector] * len(prompt.cf)) for vector in cf]
         return self.pack([(p, *self.name(items[place])) for p, place in zip(prompts, places)])
@@ -253,7 +245,7 @@ def held_out_losses(model, held_out):
     return losses
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- The script ---------------------------
 
 
 def parse_args(argv=None):
@@ -405,11 +397,11 @@ def main():
         # -- losses: the mean over all target tokens of the step's micro-batches
         seed, kinds, batches = next(drawn)
         torch.manual_seed(seed + rank)
-        (targets,) = sum_over_processes(sum(len(batch["target"]) for batch in batches))
+        (targets,) = sum_over_processes(sum(len(batch["target_at"]) for batch in batches))
         loss, losses = 0.0, {}
         for k, (kind, batch) in enumerate(zip(kinds, batches), 1):
             with averaging(parallel, k == len(batches)):
-                with model.autocast():  # as above, but for T5, which overflows fp16
+                with model.autocast():  # of `half`, but for T5, which overflows fp16
                     total, nll = parallel(batch)
                 part = total * world / targets
                 scaler.scale(part).backward()

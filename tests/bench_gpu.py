@@ -92,7 +92,7 @@ def training(name, kind, rows):
         real = batch["branch"] >= 0
         tokens += int(real.sum()) / 3
         pairs += int((packed_attention(batch)[:, 0] & real[:, :, None]).sum()) / 3
-        targets += len(batch["target"]) / 3
+        targets += len(batch["target_at"]) / 3
     needed = 4 * weights * tokens + 12 * shape.hidden_size * shape.num_hidden_layers * pairs
     memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
     print(f"{name:9} {kind:15} {rows:3} rows {tokens:7,.0f} tokens {targets:6,.0f} targets | build {build * 1e3:6.1f} new {new * 1e3:7.1f} "

@@ -22,7 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import data  # noqa: E402
 from assets.fast.packing import soft_index  # noqa: E402
-from assets.fast.search import Trie  # noqa: E402
+from assets.plumbing.trie import Trie  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: threads that wait for each other take longer than models as small as these
 torch.set_num_threads(1)

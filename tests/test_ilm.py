@@ -188,7 +188,7 @@ def named_children(names, items_below):
 def test_shuffled_vectors_are_those_of_others(make_ilm):
     a, b = make_ilm(), make_ilm(shuffle_cf=True)
     everyone = np.arange(len(a.dataset.users))
-    users = [Examples(model, model.dataset).users_at(everyone, "test") for model in (a, b)]
+    users = [Examples(model, model.dataset).read_at(everyone, "test") for model in (a, b)]
     for own, dealt in ((a.cf, b.cf), users):
         assert (own == dealt).all(1).float().mean() < 0.05  # chance may give one of them their own
         torch.testing.assert_close(own.sort(0)[0], dealt.sort(0)[0])
@@ -196,7 +196,7 @@ def test_shuffled_vectors_are_those_of_others(make_ilm):
 
 def test_shuffled_vectors_are_those_of_others_at_training_moments_too(make_ilm):
     a, b = make_ilm(), make_ilm(shuffle_cf=True)
-    own, dealt = (Examples(model, model.dataset).training_users(4, np.arange(1, 9)) for model in (a, b))
+    own, dealt = (Examples(model, model.dataset).read_before(4, np.arange(1, 9)) for model in (a, b))
     assert own.shape == dealt.shape and not (own == dealt).all(1).any()
 
 

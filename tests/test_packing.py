@@ -23,7 +23,7 @@ def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
     same_prompt = [(model.prompt_ids("What would {user} like?", user=1), model.name_ids[i]) for i in (3, 8, 50)]
     single = [(model.prompt_ids("Describe {item}.", items=[3], named=False), model.target_ids("A western."))]
     template = examples.templates["sequential", "seen"][0]  # the user at its end
-    prefixes = examples.prefixes(0, window, examples.training_users(0, np.arange(1, 9)), template)
+    prefixes = examples.prefixes(0, window, examples.read_before(0, np.arange(1, 9)), template)
     shared = [(prompt, model.name_ids[i]) for prompt, i in zip(prefixes, window[1:])]
     rows = [sequential, shared, same_prompt, single]
     with torch.no_grad():

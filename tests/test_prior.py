@@ -136,7 +136,7 @@ def test_later_names_count_one_and_later_purchases_of_known_ones_nothing(make_il
 def test_the_temperature_is_learned_or_one(make_ilm, method, config, learned):
     model = make_ilm(method, **config)
     assert model.tau.requires_grad == learned and "tau" in model.saved_parameters()
-    assert model.tau.item() == pytest.approx(ilm.START_TEMPERATURE if learned else 1.0)
+    assert model.tau.item() == pytest.approx(ilm.START_TAU if learned else 1.0)
 
 
 @pytest.mark.parametrize("kind", ["sequential", "straightforward", "text"])
@@ -150,10 +150,10 @@ def test_a_step_moves_the_temperature_where_names_are_asked_for(make_ilm, kind):
     total, nll = model(batch)
     (total / len(nll)).backward()
     assert total.item() == pytest.approx(nll.sum().item())
-    assert (model.tau.grad != 0) == (len(batch["named"]) > 0) == (kind != "text")
+    assert (model.tau.grad != 0) == (len(batch["name_at"]) > 0) == (kind != "text")
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     optimizer.step()
-    assert (model.tau.item() != pytest.approx(ilm.START_TEMPERATURE)) == (kind != "text")
+    assert (model.tau.item() != pytest.approx(ilm.START_TAU)) == (kind != "text")
     assert torch.equal(model.log_count, count) and "log_count" not in model.state_dict()
 
 

@@ -9,7 +9,7 @@ from test_packing import log_p
 
 import data
 import train_stage2
-from assets.fast.search import Trie
+from assets.plumbing.trie import Trie
 
 
 def asked(model, task):

@@ -11,7 +11,7 @@ import data
 import ilm
 import train_stage1
 import train_stage2
-from ilm import START_TEMPERATURE, load_ilm
+from ilm import START_TAU, load_ilm
 from train_stage2 import Examples, held_out_losses
 
 SMALL = ["--batch-size", "2", "--accumulate", "3", "--valid-users", "4"]
@@ -98,7 +98,7 @@ def test_prompts_cut_from_the_longest_are_those_of_each_prefix(make_ilm, method,
     examples = Examples(model, model.dataset)
     for template in [template] if template else examples.templates["sequential", "seen"]:
         window = model.dataset.items_of(4, "train")[:9]
-        cf = examples.training_users(4, np.arange(1, len(window)))
+        cf = examples.read_before(4, np.arange(1, len(window)))
         cut = examples.prefixes(4, window, cf, template)
         each = []
         for k in range(1, len(window)):
@@ -118,7 +118,7 @@ def test_prompts_that_do_not_fit_the_context_are_those_of_each_prefix_too(make_i
     model = make_ilm()
     examples = Examples(model, model.dataset)
     window = model.dataset.items_of(4, "train")[:9]
-    cf = examples.training_users(4, np.arange(1, len(window)))
+    cf = examples.read_before(4, np.arange(1, len(window)))
     template = examples.templates["sequential", "seen"][0]
     model.context = len(examples.prefixes(4, window, cf, template)[-1]) - 4 + model.reserve
     cut = examples.prefixes(4, window, cf, template)
@@ -184,7 +184,7 @@ def test_a_flag_that_a_method_does_not_read_is_a_mistake(method, argv):
 
 
 def test_the_history_has_its_default_with_every_method():
-    assert [train_stage2.parse_args(["--method", method]).history for method in train_stage2.METHODS] == [20] * 4
+    assert [train_stage2.parse_args(["--method", method]).history for method in train_stage2.METHODS] == [20, 20, 0, 20]
 
 
 def test_the_logged_loss_is_the_one_that_is_optimised(toy, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_the_logged_loss_is_the_one_that_is_optimised(toy, tmp_path, monkeypatch
     def counted(self, batch):
         total, nll = forward(self, batch)
         if self.training:
-            seen.append((float(total.detach()), len(batch["target"])))
+            seen.append((float(total.detach()), len(batch["target_at"])))
         return total, nll
     monkeypatch.setattr(ilm.ILM, "forward", counted)
     argv = ["--data", str(toy), "--out", str(tmp_path), "--method", "ilm-rand", *SHAPE, *SMALL, "--steps", "1", "--seed", "2"]
@@ -216,7 +216,7 @@ def test_a_run_loads_to_the_same_scores(run, toy, tmp_path, method):
     assert torch.equal(a.rank([prompt], a.trie()), b.rank([prompt], b.trie()))
     best, last = load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
     frozen = "nothing to train" in done.stdout
-    assert torch.equal(a.tau, best["tau"]) and (last["tau"] == 1) == frozen and abs(last["tau"] - START_TEMPERATURE) > 1e-4
+    assert torch.equal(a.tau, best["tau"]) and (last["tau"] == 1) == frozen and abs(last["tau"] - START_TAU) > 1e-4
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["method"] == method[0] and config["train_llm"] == ("--train-llm" in method)
 

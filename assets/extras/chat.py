@@ -14,7 +14,7 @@ import ilm
 from assets.extras.hub import export
 from assets.plumbing.guard import CONTROL, InputError, Parser, a_seed, printable
 from assets.plumbing.run import pick_device
-from data import HISTORY, load_prompts
+from data import PROMPT_ITEMS, load_prompts
 
 HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
 item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
@@ -166,7 +166,7 @@ class Chat:
             cf = self.model.with_history(cf, [history])[0]
         with torch.no_grad():
             prompt = self.model.prompt_ids(
-                template or self.template, user, had[-HISTORY:], cf=cf, guests=self.guests
+                template or self.template, user, had[-PROMPT_ITEMS:], cf=cf, guests=self.guests
             )
             (found,) = self.model.recommend([prompt], [had])
         for place, (item, log_p) in enumerate(found, 1):

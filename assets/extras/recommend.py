@@ -34,7 +34,7 @@ def recommend(model, users, batch_size):
         had = [dataset.items_of(u) for u in chunk]  # all of it: nothing is being tested here
         prompts = [
             examples.ranking("sequential", u, items, template, cf)
-            for u, items, cf in zip(chunk, had, examples.users_at(chunk, None))
+            for u, items, cf in zip(chunk, had, examples.read_at(chunk, None))
         ]
         for u, found in zip(chunk, model.recommend(prompts, had)):
             if not found:

@@ -3,12 +3,14 @@ of a batch before the device has it. The loss is that of the examples one by one
 (tests/test_packing.py).
 
 Ids from SOFT_BASE on are soft tokens: SOFT_BASE + entity * Q + q is the q-th of an entity. Entities
-0 .. I-1 are the items; I + n is the n-th vector that travels along, of a prompt, a row or a
-batch."""
+0 .. I-1 are the items; I + n is the n-th vector that travels along. It counts within its prompt,
+then its row, then its batch: pack, collate and index_prompts renumber it each time."""
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from assets.plumbing.trie import index_targets
 
 SOFT_BASE = 1 << 24  # more than any vocabulary has
 
@@ -20,6 +22,15 @@ def shifted(ids, count, num_items, Q):
     count."""
     first = SOFT_BASE + num_items * Q
     return [i + count * Q if i >= first else i for i in ids]
+
+
+def item_ends(ids, num_items, Q):
+    """Where the soft tokens of each item in a prompt's ids end. Soft tokens split a text, so that
+    what stands before has the same tokens whatever follows: prefixes of a history can be cut from
+    the longest prompt, which is tokenised once (tests/test_train_stage2.py)."""
+    first_user, last = SOFT_BASE + num_items * Q, Q - 1
+    soft = [(place, i - SOFT_BASE) for place, i in enumerate(ids) if SOFT_BASE <= i < first_user]
+    return [place + 1 for place, slot in soft if slot % Q == last]
 
 
 def pack(examples, num_items=0, Q=1):
@@ -133,7 +144,7 @@ def target_states(llm, embeddings, batch):
     flat = embeddings.flatten(0, 1)
     if llm.packs:
         hidden = llm.body(embeddings, packed_attention(batch), batch["position"])
-        return hidden.flatten(0, 1).index_select(0, batch["target"])
+        return hidden.flatten(0, 1).index_select(0, batch["target_at"])
     places, targets = zip(*unpacked(batch))
     place = pad_sequence(places, True, -1, llm.side)
     kept = llm.read(flat[place.clamp(min=0)], place >= 0)
@@ -149,7 +160,7 @@ def index(batch, trie, num_items, Q):
     cf, label = batch.pop("cf"), batch["label"].flatten()
     target = (label >= 0).nonzero()[:, 0]
     targets = index_targets(trie, label[target], batch["node"].flatten()[target])
-    return batch | {"target": target} | soft_index(batch["ids"], cf, num_items, Q) | targets
+    return batch | {"target_at": target} | soft_index(batch["ids"], cf, num_items, Q) | targets
 
 
 def soft_index(ids, cf, num_items, Q):
@@ -170,17 +181,6 @@ def soft_index(ids, cf, num_items, Q):
         "soft_item": entity[entity < num_items],
         "soft_cf": pad_sequence([cf[n] for n in users], True) if users else torch.zeros(0, 0),
     }
-
-
-def index_targets(trie, token, node):
-    """What ILM.log_p has to know of target tokens (T,): which of them are words of a text (node
-    -1), and of those that are part of a name all children of their nodes (T,), among which p is
-    divided, and which child is meant."""
-    words, named = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
-    parent, child = trie.children(node[named])
-    hit = (trie.token[child] == token[named][parent]).nonzero()[:, 0]
-    found = {"words": words, "word": token[words], "named": named}
-    return found | {"parent": parent, "child": child, "hit": hit}
 
 
 def index_prompts(prompts, side, num_items, Q):

@@ -216,14 +216,6 @@ def training_moments(indptr, count, seed=0):
     return users, chosen - (ends - targets)[users] + 1
 
 
-def last_items(history, places, count):
-    """The `count` items before each place (n,) of a history (H,), latest first (n, count); -1 where
-    there is none."""
-    at = np.asarray(places)[:, None] - 1 - np.arange(count)
-    padded = np.append(np.asarray(history, dtype=np.int64), -1)
-    return padded[np.maximum(at, -1)]
-
-
 def users_together(solver, indptr, sequence, user_cf=None, count=10_000):
     """What cf.npz holds of all users: user_stats (2, E), mean and standard deviation at `count`
     training moments; user_gram (E, E), X'X of their vectors X as ALS has them; user

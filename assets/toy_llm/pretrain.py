@@ -39,9 +39,9 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
-from assets.fast.search import Trie  # noqa: E402
 from assets.plumbing.cf import training_moments  # noqa: E402
 from assets.plumbing.run import pick_device, precision  # noqa: E402
+from assets.plumbing.trie import Trie  # noqa: E402
 from assets.toy_world import toy_world  # noqa: E402
 
 END, PAD = "<|end|>", "<|pad|>"
