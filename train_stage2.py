@@ -262,6 +262,7 @@ def parse_args(argv=None):
     add_choice(model, "--method", METHODS, "what stands for items and users")
     model.add_argument("--llm", default="assets/toy_llm", help="folder or hub id [assets/toy_llm]")
     add_switch(model, "--train-llm", "train the LLM as well")
+    add_switch(model, "--gradient-checkpointing", "less memory, a third more arithmetic in the LLM")
     names = "title, random, or a file of lines `id name`, as OpenP5's index files [title]"
     model.add_argument("--item-names", default="title", metavar="title|random|FILE", help=names)
     add_number(model, "--name-tokens", 0, "cut names to so many, keeping them unique; 0: whole", 0)
@@ -335,6 +336,8 @@ def set_up_model(args, dataset, device):
     if qformer is not None:  # stage 1 has no history keys
         model.encoder.load_state_dict(model.encoder.state_dict() | qformer.state_dict())
         model.set_up()
+    if args.gradient_checkpointing:
+        model.llm.checkpoint_layers()
     introduce(f"stage 2, {args.method} on {args.data} with {args.llm}", model, device)
     if not any(p.requires_grad for p in model.parameters()):
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")

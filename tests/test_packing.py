@@ -83,3 +83,26 @@ def test_an_llm_that_cannot_be_packed_has_the_same_losses_and_gradients(make_ilm
         seen.append((nll, model.adapter.maps[0].weight.grad))
     for a, b in zip(*seen):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_checkpointed_layers_keep_less_and_give_the_same_gradients(make_ilm):
+    model = make_ilm()
+    examples, kept = Examples(model, model.dataset), []
+    batch = examples.batch("sequential", 2, np.random.default_rng(0))
+
+    def gradients():
+        kept.append(0)
+
+        def count(x):
+            kept[-1] += x.numel() * x.element_size()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss, _ = model.train()(batch)
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    before = gradients()
+    model.llm.checkpoint_layers()
+    after = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, after)) and len(before) == len(after) > 5
+    assert kept[1] < kept[0] / 2

@@ -11,9 +11,11 @@ with less work."""
 
 import inspect
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,6 +42,12 @@ def additive(may_attend, dtype):
     every type that autocast may choose."""
     zeros = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
     return zeros.masked_fill_(~may_attend, -3e4)
+
+
+def computed_again(forward, *inputs, **more):
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *inputs, use_reentrant=False, **more)
+    return forward(*inputs, **more)
 
 
 class LLM(nn.Module):
@@ -74,6 +82,15 @@ class LLM(nn.Module):
 
     def autocast(self):
         return autocast(self.network.device)
+
+    def checkpoint_layers(self):
+        """From now on a layer keeps nothing but its input, and is computed again when the gradient
+        comes by: memory of one layer in place of all, a third more arithmetic, equal gradients."""
+        config = self.network.config.get_text_config()
+        for layers in self.network.modules():
+            if isinstance(layers, nn.ModuleList) and len(layers) == config.num_hidden_layers:
+                for layer in layers:
+                    layer.forward = partial(computed_again, layer.forward)
 
     @torch.no_grad()
     def check(self, ids):
