@@ -11,7 +11,8 @@ item-language model will translate into text space. The folder:
     users.txt       line u is the original id of user u
     sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order. The last is for
                     test, the last but one for validation
-    cf.npz          item (I, E): implicit ALS on the training part. What interactions can tell
+    cf.npz          item (I, E): implicit ALS on the training part. What interactions can tell; and
+                    user_stats (2, E), user_gram (E, E), user (U, E) where --cf gave one
     tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no
                     training loss sees their texts (titles are ranked all the same; MovieLens's and
@@ -294,8 +295,7 @@ def ranking_templates(path, name):
 
 
 def item_split(name, item_id):
-    """train 70 %, valid 10 %, test 20 %: a pure function of the data set's name and the item's
-    id."""
+    """train 70 %, valid 10 %, test 20 %: a function of the folder's name and the item's id alone."""
     bucket = int(hashlib.sha256(f"{name}/{item_id}".encode()).hexdigest(), 16) % 10
     if bucket < 3:
         return "valid" if bucket == 0 else "test"

@@ -5,8 +5,8 @@
     python evaluate.py --recommend users.txt                # ten items for each user id in it
     python evaluate.py --table assets/results/main/*.json   # means over seeds; runs nothing
 
-Ranking: ILM.score, log p among the catalogue's names with the prior, orders the catalogue (above
-1,000 items its best 20: --beams) for every test user, by one of the ten seen prompts (user number
+Ranking: ILM.rank, the fast form of ILM.score (log p among the catalogue's names, with the prior),
+orders the catalogue (above 1,000 items its best 20: --beams) for every test user, by one of the ten seen prompts (user number
 modulo 10) and by the unseen one. Ties count against the target. Items of the user's own history are
 taken out, for every method and reference alike (--keep-history leaves them in).
 
@@ -146,7 +146,7 @@ def item_knn(dataset, users, split):
 
 
 def mf_at_the_moment(dataset, users, split):
-    """Matrix factorisation: the dot product of the very vectors that our encoders read."""
+    """Matrix factorisation: the dot product of the vectors that, standardised, encoders read."""
     return dataset.users_at(users, split) @ dataset.raw_cf.T
 
 
@@ -215,6 +215,7 @@ def yardstick(dataset):
     validation."""
     if dataset.user_cf is not None:
         return "mf"
+    # With recency 1 there is no row AT_THE_MOMENT
     better = popularity_weight(dataset) > 0 or dataset.solver.recency == 1
     return PLUS_POPULARITY if better else AT_THE_MOMENT
 
@@ -300,7 +301,7 @@ def text_instances(examples, split, limit):
 
 
 @torch.no_grad()
-def text_losses(examples, instances):
+def nats_of_texts(examples, instances):
     """Yield (instance, -log p of its target in nats, tokens of its target)."""
     for chunk in batches(instances, 64):
         batch = examples.collate([examples.pack([examples.text(t)]) for t in chunk])
@@ -317,7 +318,7 @@ def log_perplexity(examples, instances):
     has); "se" is over items. A uniform guess has ln V."""
     nats, tokens = Counter(), Counter()
     for task in instances:
-        for t, nll, count in text_losses(examples, instances[task]):
+        for t, nll, count in nats_of_texts(examples, instances[task]):
             for key in ("in all", 0), ("task", task), ("item", t["items"][0]):
                 nats[key] += nll
                 tokens[key] += count

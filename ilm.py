@@ -75,7 +75,7 @@ class Loudness(nn.Module):
 class Adapter(Loudness):
     """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed,
     then a linear map. DEVIATION: BLIP-2's map is the same for all queries; here each has its own,
-    as each soft token of the MLP has, and none has to share 128 directions."""
+    as each soft token of the MLP has: one map would give all of them the same D-dimensional space."""
 
     def __init__(self, num_queries, width, hidden):
         super().__init__()
@@ -98,18 +98,18 @@ class Adapter(Loudness):
         all, with like variance (ZCA).
 
         DEVIATION: half or more of what varies in a Q-Former's states is which query it is, and the
-        rest lies in few directions (participation ratio 6 or 7 of 128 in all; an MLP's hidden layer
-        has 28). Without this the large directions are learnt first and the item last. A variance v
+        rest lies in few directions (effective dimension 6 or 7 of 128; an MLP's hidden layer has
+        28). Without this the large directions are learnt first and the item last. A variance v
         becomes v / (v + 1 % of the largest), so that noise stays small."""
         mean = states.mean(0)
         variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
         gain = (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt()
-        self.whitening.weight.copy_(directions * gain @ directions.T)
+        self.whitening.weight.copy_((directions * gain) @ directions.T)
         self.whitening.bias.copy_(-self.whitening.weight @ mean)
 
 
 def make_encoder(config, cf_dim, hidden):
-    """The item encoder of a method; None has no soft tokens. Of your own: any nn.Module with a
+    """The item encoder of a method; None for text, which has no soft tokens. Of your own: any nn.Module with a
     number `width` and encode(cf (N, E)) -> (N, Q, width), three lines here, and its name in METHODS
     of train_stage2.py."""
     if config["method"] == "text":
@@ -170,6 +170,7 @@ class ILM(nn.Module):
             self.shuffle_cf()
 
         # The parts, fitted to each other
+        # Is what we compute what the LLM itself computes? Can its rows be packed?
         llm.check(torch.tensor([sum(self.name_ids[:4], [])[:16]]))
         if config.get("full_vocabulary"):
             self.set_prior("none", "fixed")  # its loss knows no trie
@@ -206,8 +207,8 @@ class ILM(nn.Module):
 
             logit' = log_count[child] + tau * logit
 
-        log_count is the log of 1 + the training purchases of each item below the child, summed
-        ("uniform": of the number of items there); tau says how loudly the frozen LLM is heard, and
+        log_count is the log of a sum over the items below the child, each 1 + its training
+        purchases ("uniform": each 1); tau says how loudly the frozen LLM is heard, and
         is learned. So an ILM starts near popularity, and not at a frozen LLM's opinion of titles,
         which would have to be unlearned first: 7.3 nats in place of 9.8 on ML-100K, where
         popularity has 7.0. DEVIATION: the paper has none (--prior none --temperature fixed)."""
@@ -252,7 +253,7 @@ class ILM(nn.Module):
 
     def shuffle_cf(self):
         """A control: the CF vectors of all items are dealt out anew at random, and every user gets
-        a stranger's (Examples.stranger); the same for every seed."""
+        a stranger's (Examples.stranger), with what they chose; the same for every seed."""
         order = torch.from_numpy(np.random.default_rng(0).permutation(self.num_items))
         self.cf.copy_(self.cf[order.to(self.cf.device)])
         self.shuffled = True
@@ -267,14 +268,18 @@ class ILM(nn.Module):
         (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
         templates is a conversation, user and model in turn. What is too long loses its oldest
         history items, whole, then its oldest turns."""
+        # One text, or a chat's turns; fill makes [("words", text), ("item", 7), ("user", None), ...]
         turns, history = as_turns(template, self.tokenizer), list(history)
         room = self.context - self.reserve
         while True:
             parts = fill([turn.replace(SOFT, "") for turn in turns], history, items)
             prompt = self.tokenise(parts, user, named, cf, guests)
-            if len(prompt) <= room or not history and len(turns) < 3:
+            if len(prompt) <= room or (not history and len(turns) < 3):
                 break
-            history, turns = history[1:], turns if history else turns[2:]
+            if history:
+                history = history[1:]
+            else:
+                turns = turns[2:]
         if not 0 < len(prompt) <= room:
             raise InputError(
                 f"a prompt of {len(prompt)} tokens and {self.reserve} for the answer do not fit "
@@ -285,8 +290,8 @@ class ILM(nn.Module):
 
     def tokenise(self, turns, user, named, cf, guests):
         """The parts of a conversation's turns -> a Prompt. They are framed as the LLM is used to,
-        as one text in which reserved tokens keep the places of soft ones, which then replace them,
-        counted."""
+        as one text, in which SOFT stands at each soft token's place; their ids take those places in
+        order. guests are the first vectors, so that guest n is entity I + n."""
         texts, entities, vectors = [], [], list(guests)
         for parts in turns:
             text = ""
@@ -339,7 +344,8 @@ class ILM(nn.Module):
             return self.llm.embed(ids)
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
         items, users = self.with_history(self.cf[soft["soft_item"]]), soft["soft_cf"].to(self.cf)
-        users = nn.functional.pad(users, (0, items.shape[1] - users.shape[1]))  # mixtures of items
+        # A mixture has no history behind it; there may be no user
+        users = nn.functional.pad(users, (0, items.shape[1] - users.shape[1]))
         # Through here the gradient leaves the LLM for adapter and encoder
         tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
         tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
@@ -473,9 +479,9 @@ def load_ilm(run, device, data=None, new=None, llm=None):
 
 
 def main():
-    from assets.extras.chat import main  # talking to it; its flags are there
+    from assets.extras import chat  # talking to it; its flags are there
 
-    main()
+    chat.main()
 
 
 if __name__ == "__main__":

@@ -354,8 +354,9 @@ def pair_similarity(a, b):
 def find_duplicates(left_key, right_key):
     """Which pairs (i, j) of a batch are no negatives: (B,), (B,) -> (B, B) bool.
 
-    Keys are equal for the same user, the same item, items of equal text. Row i and column j are
-    duplicates if any two of their keys are equal. The diagonal, the pairs themselves, is False.
+    Keys are equal for the same item and for items of equal text; a user has one that no item has.
+    Row i and column j are duplicates if the left or the right key of j is i's left key, or if their
+    right keys are equal. The diagonal, the pairs themselves, is False.
     """
     same = left_key[:, None] == right_key
     same = same | (left_key[:, None] == left_key) | (right_key[:, None] == right_key)
@@ -368,9 +369,8 @@ def contrastive_loss(similarity, temperature, duplicates, label_smoothing=0.0):
     (B, B) similarities, duplicates (B, B) -> scalar: -log softmax(similarity / temperature)[i, i],
     the mean over rows and over both directions. Duplicates are neither target nor negative.
 
-    About ln B at the start. II and UI hardly fall below it on the toy world: a user's other items
-    are negatives too. Their logged accuracy tells more: chance is 1 / B. If it stays there, the
-    queries have collapsed.
+    About ln B at the start. II and UI hardly fall below it on the toy world, where a user's other
+    items are negatives too. If their logged accuracy stays at 1 / B, the queries have collapsed.
     """
     loss = 0.0
     for logits, left_out in ((similarity, duplicates), (similarity.T, duplicates.T)):
@@ -403,8 +403,19 @@ def itm_loss(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
+def next_tokens(text_states, text_ids, text_mask):
+    """The text branch's states that have a real next token, and that token. [DEC], at position 0,
+    predicts t1.
+
+    (B, T, D), (B, T), (B, T) -> states (N, D), next tokens (N,). Padding gets no logits.
+    """
+    real = text_mask[:, 1:]
+    return text_states[:, :-1][real], text_ids[:, 1:][real]
+
+
 def itg_loss(logits, targets, label_smoothing=0.1):
-    """Item-grounded text generation: -log p(next token | queries, tokens so far).
+    """Item-grounded text generation: -log p(next token | queries, tokens so far), smoothed, on
+    validation too.
 
     logits (N, V), targets (N,) of next_tokens -> the sum over all real tokens of all texts, and
     their number (1,). The quotient is about ln V at the start.
@@ -413,15 +424,6 @@ def itg_loss(logits, targets, label_smoothing=0.1):
         logits.float(), targets, label_smoothing=label_smoothing, reduction="sum"
     )
     return total, targets.new_tensor([len(targets)])
-
-
-def next_tokens(text_states, text_ids, text_mask):
-    """States at [DEC] t1 t2 ..., t1 at position 1 of text_ids: those that have a real next token.
-
-    (B, T, D), (B, T), (B, T) -> states (N, D), next tokens (N,). Padding gets no logits.
-    """
-    real = text_mask[:, 1:]
-    return text_states[:, :-1][real], text_ids[:, 1:][real]
 
 
 # ---- The losses of a batch ----------------

@@ -5,18 +5,12 @@ vectors know.
     python train_stage1.py --losses itc itm itg      # the paper's ILM-IT; with ii it is ILM-IT-II
     python train_stage1.py --data data/ml-1m --init-bert FOLDER --width 768 --layers 8
 
-Every step sums five losses, each explained where it is defined (qformer.py):
-    itc  item-text contrastive
-    itm  item-text matching
-    itg  item-grounded text generation; these three on items with training texts
-    ii   item-item contrastive
-    ui   user-item contrastive; these two on all training interactions
+Every step sums five losses, explained in qformer.py: itc, itm, itg on items with training texts,
+ii, ui on all training interactions.
+
 Held-out items lend their CF vectors to ii and ui, and their texts to no loss. The best checkpoint
 has the lowest sum of those of itc, itm, itg that --losses names, on the validation items.
 DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
-
-What both training scripts need stands first (schedule, optimizer); what surrounds every run is in
-assets/plumbing/run.py.
 """
 
 import math
@@ -188,7 +182,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     """Held-out items -> {"itc", "itm", "itg", "R@1", "R@5", "chance@1"}. R@k: an item's text is
     among the k most similar of the texts of all of them."""
     model.eval()
-    items, sums, queries, words = torch.tensor(items), {}, [], []
+    items, sums, queries, texts_read = torch.tensor(items), {}, [], []
     # Chunks of like sizes: ITC depends on them
     for batch in items.chunk(math.ceil(len(items) / chunk)):
         cf = dataset.item_cf[batch].to(device)
@@ -198,12 +192,12 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(items)
         queries.append(model.query_features(model.encode(cf)))
-        words.append(model.text_features(ids, mask))
+        texts_read.append(model.text_features(ids, mask))
 
     # Where an item's own text stands among all
-    words, ranks = torch.cat(words), []
+    texts_read, ranks = torch.cat(texts_read), []
     for rows, query in zip(items.split(chunk), torch.cat(queries).split(chunk)):
-        similarity = item_text_similarity(query, words)  # (chunk, held-out items)
+        similarity = item_text_similarity(query, texts_read)  # (chunk, held-out items)
         ranks.append(texts.ranks(similarity, rows, items))
     model.train()
     recall = {f"R@{k}": (torch.cat(ranks) <= k).double().mean().item() for k in (1, 5)}

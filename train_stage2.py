@@ -12,7 +12,7 @@ The loss is -log p(target tokens | prompt), by the LLM's own p where the target 
 where it is an item's name, p of each token is divided among the tokens that the catalogue allows
 there, with the prior of ILM.set_prior, exactly as when evaluate.py ranks. Nothing is spent on
 spelling, and a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what
-came before the target (data.Dataset.training_users). The gradient reaches item encoder and adapter
+came before the target (with recency 1: all their other training items). The gradient reaches item encoder and adapter
 through the frozen LLM, which stays as it is but for --train-llm.
 
 Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
@@ -186,12 +186,12 @@ class Examples:
     # -- batches
 
     def batch(self, kind, size, rng):
-        """`size` packed rows of one kind; rows of the other two are shorter, there are twice and
-        four times as many. One template a batch, so that rows have like lengths. Every process
+        """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times. One
+        template a batch, so that rows have like lengths. Every process
         draws the same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
-        if kind == "text":  # a random number is as good as an index
+        if kind == "text":  # the row's seed picks the instance
             pool = self.tasks["train"]
             instances = [pool[seed % len(pool)] for seed in seeds[own]]
             return self.collate([self.pack([self.text(instance)]) for instance in instances])
@@ -321,6 +321,7 @@ def make_config(args, dataset):
                 )
     else:
         cf_dim, qformer = dataset.item_cf.shape[1], None
+        # The text branch is never read
         known = asdict(QFormerConfig(cf_dim=cf_dim, vocab_size=1, **given))
     # DEVIATION: BLIP-2 keeps dropout .1; here the soft tokens underfit, noise only slows them
     known |= {"dropout": 0.0, "history": args.history}
@@ -417,7 +418,7 @@ def main():
         norm = clip_and_step(optimizer, scaler)
         check_step(losses, step, norm, scaler)
 
-        # -- log, of all processes: the loss, and means of each kind
+        # -- log, of all processes: the loss, and means of each kind, a token (validation: a user)
         if step % 20 == 0:
             means = mean_over_processes({"loss": loss, **losses})
             run.log_step(step, norm, **means, tau=model.tau.item(), targets=seen_targets)
