@@ -33,7 +33,7 @@ def parse_args(argv=None):
     )
     p.add_argument(
         "--cf",
-        help="your own CF vectors in place of ALS: .npz with item, perhaps user, and their ids",
+        help="your own CF vectors in place of ALS: .npz with item, item_id, perhaps user, user_id",
     )
     p.add_argument(
         "--cf-dim",
