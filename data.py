@@ -204,6 +204,7 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
 
     # Who is kept
     keep = k_core(users, items, min_count)
+    checks.tell_left_out(users, items, keep, min_count)
     if max_users:
         sample = np.random.default_rng(seed).permutation(np.unique(users[keep]))[:max_users]
         keep &= np.isin(users, sample)
@@ -229,19 +230,23 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
 # ---- CF vectors ---------------------------
 
 
-def find_cf(indptr, sequence, num_items, file=None, fixed=None, seed=0):
+def find_cf(user_ids, item_ids, indptr, sequence, file, fixed, seed):
     """-> what cf.npz holds, {name: tensor}, and what meta.json says of it. file: --cf, vectors of
-    another engine; fixed: settings that are not to be chosen."""
-    num_users = len(indptr) - 1
-    user_cf, item_cf = load_cf(file, num_users, num_items) if file else (None, None)
+    another engine; fixed: {name: setting or None}, those that are not to be chosen."""
+    user_cf, item_cf = load_cf(file, user_ids, item_ids) if file else (None, None)
 
     # Chosen on validation; another engine's users need no settings
     settings, measured = None, {}
     if user_cf is None:
-        settings, measured = choose_cf(indptr, sequence, num_items, fixed, seed, item_cf)
+        settings, measured = choose_cf(indptr, sequence, len(item_ids), fixed, seed, item_cf)
+    elif any(fixed.values()):
+        raise InputError(
+            f"--cf {file} has users as well, who stand as they are: --recency, --reg and --a0 do "
+            "nothing then; leave them out"
+        )
     if item_cf is None:
         pairs = training_pairs(indptr, sequence)
-        item_cf = train_cf(*pairs, num_users, num_items, settings, seed=seed)
+        item_cf = train_cf(*pairs, len(user_ids), len(item_ids), settings, seed=seed)
     settings = settings or CFSettings(dim=item_cf.shape[1])
 
     solver = UserSolver(item_cf, settings)
@@ -303,7 +308,7 @@ def item_split(name, item_id):
 
 
 FACT_NAMES = {  # one name for the same thing in all sources
-    "kind": ("genre", "genres", "categories"),
+    "kind": ("genre", "genres", "category", "categories"),
     "when": ("era", "decade"),
     "who": ("director", "brand"),
 }
@@ -391,7 +396,7 @@ def prepare(
 ):
     """The whole of this file in order: read, sort, name, find CF, make text tasks, write.
     Parameters are the flags of parse_args; prepare("data/toy") makes the toy world's folder."""
-    out = check_request(dataset, source, out, cf, cf_dim, reg, a0)
+    out = check_request(dataset, source, items, columns, out, cf, cf_dim, reg, a0)
 
     # Who chose what, in which order
     if dataset == "toy":
@@ -411,7 +416,7 @@ def prepare(
 
     # CF vectors, and tasks for the LLM
     fixed = {"dim": cf_dim, "recency": recency, "reg": reg, "a0": a0}
-    vectors, said_of_cf = find_cf(indptr, sequence, I, cf, fixed, seed)
+    vectors, said_of_cf = find_cf(user_ids, item_ids, indptr, sequence, cf, fixed, seed)
     tasks = text_tasks(catalogue, text_splits, load_prompts(), vectors["item"], seed)
 
     # The folder

@@ -88,6 +88,13 @@ def test_k_core_is_iterated():
     assert sorted(zip(users[keep], items[keep])) == [(0, 0), (0, 3), (2, 0), (2, 0), (2, 3)]
 
 
+def test_who_is_left_out_for_few_interactions_is_told(tmp_path, capsys):
+    rows = [(u, i, t) for u in "uvw" for t, i in enumerate("abc")] + [("few", "a", 1), ("v", "rare", 9)]
+    for count, told in ((2, ["note: --min-count 2 leaves out 1 users and 1 items"]), (1, [])):
+        prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "in", rows), "--min-count", count)
+        assert [line for line in capsys.readouterr().out.splitlines() if "leaves out" in line] == told
+
+
 def test_equal_and_empty_titles_and_items_without_text(tmp_path):
     rows = [(f"u{k}", i, t) for k in range(3) for t, i in enumerate("abc")]
     source = csv_source(tmp_path / "in", rows)
@@ -142,12 +149,12 @@ def test_cf_sees_the_training_part_alone(tmp_path):
 
 @pytest.fixture()
 def four_items(tmp_path):
-    """prepare(vectors) -> a data set of 5 users who all took the same four items, with somebody else's vectors."""
+    """make(flags, vectors) -> a data set of 5 users who all took the same four items, with somebody else's vectors."""
     source = csv_source(tmp_path / "in", [(f"u{u}", i, t) for u in range(5) for t, i in enumerate("abcd")])
 
-    def make(**vectors):
+    def make(*argv, **vectors):
         np.savez(tmp_path / "cf.npz", **vectors)
-        return prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1)
+        return prepare(tmp_path, "--dataset", "csv", "--source", source, "--cf", tmp_path / "cf.npz", "--min-count", 1, *argv)
 
     return make
 
@@ -172,6 +179,24 @@ def test_with_item_vectors_of_another_engine_alone_users_are_folded_in(four_item
     assert torch.equal(dataset.users_at([3], "test"), wanted) and wanted.abs().sum() > 0
     chosen = dataset.meta["cf"]["settings"]
     assert chosen["dim"] == 3 and chosen["recency"] in choose_cf.RECENCIES and "valid_NDCG@10" in dataset.meta["cf"]
+
+
+def test_vectors_with_ids_are_found_whatever_their_order_and_company(four_items):
+    items, users = np.arange(15.0).reshape(5, 3), np.arange(18.0).reshape(6, 3)
+    told = {"item_id": np.array([*"dxbca"]), "user_id": np.array(["u4", "u0", "u9", "u1", "u3", "u2"])}
+    dataset = four_items(item=items, user=users, **told)
+    assert (dataset.raw_cf.numpy() == items[[4, 2, 3, 0]]).all()
+    assert (dataset.user_cf.numpy() == users[[1, 3, 5, 4, 0]]).all()
+
+
+@pytest.mark.parametrize("flag, value", [("--recency", 0.9), ("--reg", 1)])
+def test_settings_beside_users_of_another_engine_are_refused(four_items, tmp_path, flag, value):
+    """Nothing is solved for by them; items alone leave the users to be folded in."""
+    with pytest.raises(data.InputError, match="stand as they are"):
+        four_items(flag, value, user=np.eye(5, 3), item=np.ones((4, 3)))
+    assert not (tmp_path / "out").exists()
+    settings = four_items(flag, value, item=np.eye(4, 3)).meta["cf"]["settings"]
+    assert settings[flag[2:]] == value
 
 
 def test_vectors_of_other_counts_are_refused(four_items):

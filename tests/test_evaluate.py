@@ -283,7 +283,9 @@ def test_an_attribute_is_right_or_wrong(toy):
 
 
 @pytest.mark.parametrize("argv", [
-    "--table x --run y", "--table x --json y", "--recommend x --json y", "--recommend x --run y z", "--new x",
+    "--table x --run y", "--table x --json y", "--recommend x --json y", "--recommend x --run y z", "--new x", "--top 5",
+    "--recommend x --split valid", "--recommend x --keep-history", "--recommend x --controls", "--recommend x --tasks text",
+    "--recommend x --max-users 5", "--recommend x --sasrec", "--recommend x --beams 5", "--recommend x --full-vocabulary",
     "--sc-encoder x --tasks sequential"])
 def test_no_flag_is_ignored_in_silence(argv):
     with pytest.raises(InputError, match=argv.split()[0]):

@@ -64,6 +64,14 @@ def test_four_commands_lead_from_two_files_to_recommendations(shop):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_so_many_items_as_are_asked_for_everybody(shop, run):
+    """users.txt of the prepared folder is a file of all users."""
+    folder, _ = shop
+    printed = run(folder, "evaluate.py", *"--data data/shop --recommend data/shop/users.txt --top 3".split())
+    rows = [line.split("\t") for line in printed.splitlines()[1:]]
+    assert [r[0] for r in rows] == [name for name in data.load_dataset(folder / "data/shop").users for _ in range(3)]
+
+
 def test_later_users_and_items_are_ranked_without_retraining(shop, run, script):
     folder, _ = shop
     (folder / "later").mkdir()
@@ -190,6 +198,8 @@ def test_a_saved_model_is_a_folder_without_llm_and_gives_the_same_scores(shop, m
     assert (folder / "saved/model.safetensors").stat().st_size == (folder / "out/shop/ilm/model.safetensors").stat().st_size
     card = (folder / "saved/README.md").read_text()
     assert "data/shop" in card and "assets/toy_llm" in card and "{{" not in card and "ILM.from_pretrained" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    compile(code, "README.md", "exec")
     again = ILM.from_pretrained("saved", device="cpu")
     prompts = [model.prompt_ids("{history}. Next for {user}", user=u, history=[1, 5]) for u in (0, 4)]
     assert torch.equal(model.rank(prompts, model.trie()), again.rank(prompts, again.trie()))

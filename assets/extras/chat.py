@@ -13,6 +13,7 @@ from transformers import TextStreamer
 import ilm
 from assets.extras.hub import export
 from assets.plumbing.guard import CONTROL, InputError, Parser, a_seed, printable
+from assets.plumbing.names import numbered
 from assets.plumbing.run import pick_device
 from data import PROMPT_ITEMS, load_prompts
 
@@ -47,10 +48,8 @@ class Chat:
         self.memory = (
             9 if model.tokenizer.chat_template else 0
         )  # training showed single questions: an LLM that never chatted gets confused
-        ids = {"item": [item["id"] for item in self.items], "user": model.dataset.users}
-        self.known = {
-            kind: {name: k for k, name in enumerate(names)} for kind, names in ids.items()
-        }
+        items, users = numbered(item["id"] for item in self.items), numbered(model.dataset.users)
+        self.known = {"item": items, "user": users}
         lines = load_prompts(model.config.get("prompts"))
         self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace(
             "{dataset}", model.dataset.meta["name"]

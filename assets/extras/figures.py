@@ -25,10 +25,8 @@ def alignment(model, seed, dataset, texts, items, device):
 
     found = {}
     for when, qformer in (("before", fresh.eval()), ("after", model.eval())):
-        queries, words = (
-            qformer.query_features(qformer.encode(cf)),
-            qformer.text_features(ids, mask),
-        )
+        queries = qformer.query_features(qformer.encode(cf))
+        words = qformer.text_features(ids, mask)
         similarity = item_text_similarity(queries, words)
         found[when] = similarity.cpu().numpy().round(3).tolist()
     return found

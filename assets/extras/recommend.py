@@ -1,9 +1,10 @@
-"""The ten best items of many users at a time (evaluate.py --recommend), a line each, with tabs."""
+"""The best items of many users at a time (evaluate.py --recommend), a line each, with tabs."""
 
 import sys
 from pathlib import Path
 
 from assets.plumbing.guard import InputError, reading
+from assets.plumbing.names import numbered
 from ilm import load_ilm
 from train_stage2 import Examples
 
@@ -12,7 +13,7 @@ def read_users(path, dataset):
     """A file of user ids, one a line -> their numbers. Blank lines count for nothing."""
     with reading(f"--recommend {path}", "give a file of UTF-8 text, a user id a line"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    numbers, users = {name: u for u, name in enumerate(dataset.users)}, []
+    numbers, users = numbered(dataset.users), []
     for line, name in enumerate(map(str.strip, lines), 1):
         if name and name not in numbers:
             raise InputError(
@@ -24,8 +25,8 @@ def read_users(path, dataset):
     return users
 
 
-def recommend(model, users, batch_size):
-    """Print user, place, item, title and log p of the ten best items of each user (U,)."""
+def recommend(model, users, batch_size, top):
+    """Print user, place, item, title and log p of the `top` best items of each user (U,)."""
     dataset, examples = model.dataset, Examples(model, model.dataset)
     template = examples.templates["sequential", "seen"][0]
     print("user\tplace\titem\ttitle\tlog_p")
@@ -36,7 +37,7 @@ def recommend(model, users, batch_size):
             examples.ranking("sequential", u, items, template, cf)
             for u, items, cf in zip(chunk, had, examples.read_at(chunk, None))
         ]
-        for u, found in zip(chunk, model.recommend(prompts, had)):
+        for u, found in zip(chunk, model.recommend(prompts, had, top)):
             if not found:
                 print(f"note: {dataset.users[u]} has every item already", file=sys.stderr)
             for place, (i, log_p) in enumerate(found, 1):
@@ -45,7 +46,9 @@ def recommend(model, users, batch_size):
 
 
 def recommend_file(args, device):
-    """evaluate.py --recommend FILE [--run RUN] [--data FOLDER] [--new FOLDER] [--batch-size N]"""
+    """evaluate.py --recommend FILE [--run RUN] [--data FOLDER] [--new FOLDER] [--top K]
+    [--batch-size N]"""
     run = args.run[0] if args.run else Path("out", Path(args.data or "toy").name, "ilm")
     model = load_ilm(run, device, args.data, args.new)
-    recommend(model, read_users(args.recommend, model.dataset), args.batch_size)
+    users = read_users(args.recommend, model.dataset)
+    recommend(model, users, args.batch_size, args.top)

@@ -34,6 +34,14 @@ def first_of_each(*columns):
     return first
 
 
+def tell_left_out(users, items, keep, min_count):
+    """A note of how many users and items, numbers from 0 in a log (nnz,), have no interaction among
+    those kept."""
+    lost = [codes.max() + 1 - len(np.unique(codes[keep])) for codes in (users, items)]
+    if any(lost):
+        print(f"note: --min-count {min_count} leaves out {lost[0]:,} users and {lost[1]:,} items")
+
+
 def template_lines(path):
     """Yield (line number, [task, seen or unseen, prompt, target]) of a template file. OpenP5's
     word for a user becomes ours."""

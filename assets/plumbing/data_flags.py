@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from assets.plumbing.flags import add_choice, add_number, add_switch
 from assets.plumbing.guard import InputError, Parser, a_seed, within
 from assets.plumbing.readers import MOVIELENS_URL
 from assets.plumbing.tables_in import NAMES
@@ -12,12 +13,7 @@ def parse_args(argv=None):
     p = Parser(
         description="Raw interaction logs -> one prepared folder that every other script reads"
     )
-    p.add_argument(
-        "--dataset",
-        default="toy",
-        choices=["toy", "movielens", "openp5", "csv"],
-        help="format of --source [toy]",
-    )
+    add_choice(p, "--dataset", ("toy", "movielens", "openp5", "csv"), "format of --source")
     p.add_argument("--source", help="folder with the raw files")
     p.add_argument(
         "--items",
@@ -31,17 +27,13 @@ def parse_args(argv=None):
         help="columns that are not found by their names: user=A item=B time=C, of the item table "
         "id=A title=B text=C",
     )
-    p.add_argument(
-        "--look",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="print what was understood of the files, and write nothing",
-    )
+    add_switch(p, "--look", "print what was understood of the files, and write nothing")
     p.add_argument(
         "--out", help="prepared folder to write [data/toy, or data/ and the source's name]"
     )
     p.add_argument(
-        "--cf", help="your own CF vectors (.npz with item, and perhaps user) in place of ALS"
+        "--cf",
+        help="your own CF vectors in place of ALS: .npz with item, item_id, perhaps user, user_id",
     )
     p.add_argument(
         "--cf-dim",
@@ -63,12 +55,8 @@ def parse_args(argv=None):
         type=within(float, 0),
         help="with --reg: what the empty part of a row weighs [0: flat]",
     )
-    p.add_argument(
-        "--min-count",
-        type=within(int, 1),
-        default=5,
-        help="drop users and items with fewer interactions, iterated [5]",
-    )
+    fewer = "drop users and items with fewer interactions, iterated"
+    add_number(p, "--min-count", 5, fewer, 1)
     p.add_argument(
         "--max-users",
         type=within(int, 1),
@@ -99,12 +87,17 @@ def a_column(text):
     return role, name
 
 
-def check_request(dataset, source, out, cf, cf_dim, reg, a0):
+def check_request(dataset, source, items, columns, out, cf, cf_dim, reg, a0):
     """Do the arguments of data.prepare go together? -> the folder to write."""
     if a0 is not None and reg is None:
         raise InputError("--a0 goes with --reg: together they are the ridge")
     if cf and cf_dim:
         raise InputError(f"--cf-dim {cf_dim}: the vectors of --cf {cf} have a width; leave one out")
+    if dataset == "toy" and (source or items or columns):
+        raise InputError(
+            "--source, --items and --columns need --dataset csv, movielens or openp5; the toy world "
+            "has no files"
+        )
     if dataset != "toy" and not source:
         raise InputError(
             f"--dataset {dataset} needs --source, the folder with the raw files; MovieLens: "

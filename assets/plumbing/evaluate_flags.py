@@ -1,8 +1,10 @@
 """The flags of evaluate.py."""
 
-import argparse
-
+from assets.plumbing.flags import add_choice, add_number, add_switch
 from assets.plumbing.guard import InputError, Parser, a_seed, within
+
+# What --recommend reads
+RECOMMEND = "run data recommend new top batch_size device seed".split()
 
 
 def evaluate_flags(argv, doc, tasks, sasrec_settings):
@@ -18,15 +20,16 @@ def evaluate_flags(argv, doc, tasks, sasrec_settings):
     p.add_argument(
         "--recommend",
         metavar="FILE",
-        help="evaluate nothing: print the ten best items for each user id in FILE, one a line",
+        help="evaluate nothing: print the best items for each user id in FILE, one a line",
     )
+    add_number(p, "--top", 10, "with --recommend: items for each user", 1)
     p.add_argument(
         "--new",
         metavar="FOLDER",
         help="with --recommend: interactions.csv (and items.csv) of users and items that came "
         "later",
     )
-    p.add_argument("--split", default="test", choices=["valid", "test"], help="[test]")
+    add_choice(p, "--split", ("test", "valid"), "last items, or those before them")
     p.add_argument(
         "--tasks",
         nargs="+",
@@ -38,24 +41,9 @@ def evaluate_flags(argv, doc, tasks, sasrec_settings):
         type=within(int, 0),
         help="beam width of ranking; 0 = exact [exact up to 1,000 items, else 20]",
     )
-    p.add_argument(
-        "--full-vocabulary",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="score names without renormalising",
-    )
-    p.add_argument(
-        "--keep-history",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="leave items of the history in [no]",
-    )
-    p.add_argument(
-        "--controls",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="shuffled CF, zero soft tokens, text only",
-    )
+    add_switch(p, "--full-vocabulary", "score names without renormalising")
+    add_switch(p, "--keep-history", "leave items of the history in")
+    add_switch(p, "--controls", "shuffled CF, zero soft tokens, text only")
     p.add_argument(
         "--sasrec",
         nargs="?",
@@ -82,15 +70,8 @@ def evaluate_flags(argv, doc, tasks, sasrec_settings):
     p.add_argument(
         "--max-users", type=within(int, 1), help="a fixed random sample of test users [all]"
     )
-    p.add_argument(
-        "--max-texts",
-        type=within(int, 1),
-        default=500,
-        help="instances a text task, at even distances [500]",
-    )
-    p.add_argument(
-        "--batch-size", type=within(int, 1), default=50, help="users ranked at a time [50]"
-    )
+    add_number(p, "--max-texts", 500, "instances a text task, at even distances", 1)
+    add_number(p, "--batch-size", 50, "users ranked at a time", 1)
     p.add_argument("--json", help="write the list of all results there")
     p.add_argument("--device", help="[cuda if there is one, else cpu]")
     p.add_argument(
@@ -102,12 +83,17 @@ def evaluate_flags(argv, doc, tasks, sasrec_settings):
     args = p.parse_args(argv)
     if args.table and (args.run or args.recommend or args.json):
         raise InputError("--table runs nothing: leave out --run, --recommend and --json")
-    if args.recommend and (args.json or args.plot or len(args.run or []) > 1):
-        raise InputError("--recommend asks one --run, and goes with neither --json nor --plot")
+    if args.recommend:
+        for name, value in vars(args).items():
+            if name not in RECOMMEND and value != p.get_default(name):
+                flag = name.replace("_", "-")
+                raise InputError(f"--recommend evaluates nothing: leave out --{flag}")
+        if len(args.run or []) > 1:
+            raise InputError("--recommend asks one --run")
     if args.sc_encoder and args.tasks and "text" not in args.tasks:
         raise InputError("--sc-encoder measures texts: give --tasks text as well, or no --tasks")
-    if args.new and not args.recommend:
+    if (args.new or args.top != 10) and not args.recommend:
         raise InputError(
-            "--new goes with --recommend: users and items that came later have no test items"
+            "--new and --top go with --recommend: who came later has no test items to evaluate on"
         )
     return args

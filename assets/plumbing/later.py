@@ -9,7 +9,7 @@ import torch
 
 from assets.plumbing.cf import UserSolver, solve_rows, standardise
 from assets.plumbing.guard import InputError
-from assets.plumbing.names import in_table, unique_titles
+from assets.plumbing.names import in_table, numbered, unique_titles
 from assets.plumbing.readers import FILES, files, read_csv, read_items
 
 
@@ -22,10 +22,6 @@ def tell(table):
     stderr."""
     if table.remarks:
         note(table.line())
-
-
-def numbered(names):
-    return {name: number for number, name in enumerate(names)}
 
 
 def read_later(folder, columns):

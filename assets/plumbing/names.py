@@ -18,6 +18,11 @@ def in_table(table, ids):
     return [dict(table.get(x) or {"id": x, **unknown}) for x in ids]
 
 
+def numbered(ids):
+    """{id: its number}."""
+    return {name: number for number, name in enumerate(ids)}
+
+
 def unique_titles(items, say=False):
     """Equal titles get " (2)", " (3)"; an empty one becomes "item ID". Returns how many, and may
     say so."""

@@ -16,6 +16,7 @@ import torch
 
 from assets.plumbing.checks import drop_repeats
 from assets.plumbing.guard import CONTROL, InputError, reading
+from assets.plumbing.names import numbered
 from assets.plumbing.tables_in import MISSING, Table, clean, flatten, moment
 
 ML_GENRES = (
@@ -241,22 +242,33 @@ def read_files(dataset, source, items=None, columns=None):
 # ---- CF vectors --------------------------------------------------------------
 
 
-def load_cf(path, num_users, num_items):
-    """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), rows in the
-    order of the sorted ids -> user (None where there is none), item."""
-    with (
-        reading(f"--cf {path}", "expected an .npz with the float array `item`, and perhaps `user`"),
-        np.load(path, allow_pickle=False) as z,
-    ):
-        names = [name for name in ("item", "user") if name == "item" or name in z]
-        found = [torch.from_numpy(np.asarray(z[name]).astype(np.float32)) for name in names]
-    item, *user = found
-    for vectors, count in zip(found, (num_items, num_users)):
-        fits = vectors.ndim == 2 and vectors.shape == (count, item.shape[-1])
-        if not fits or not vectors.numel() or not vectors.isfinite().all():
-            said = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, found))
+def vectors_in(path, z, name, ids, width=None):
+    """An array of an .npz -> vectors (N, E) of ids (N,), E = width if that is given. Its rows are
+    found by NAME_id, if the file has that too; else they are in the order of the ids."""
+    vectors = torch.from_numpy(np.asarray(z[name]).astype(np.float32))
+    if f"{name}_id" in z:
+        rows = numbered(z[f"{name}_id"].astype(str).tolist())
+        missing = [key for key in ids if key not in rows]
+        if missing or len(rows) != len(vectors):
             raise InputError(
-                f"--cf {path}: {said}; expected finite numbers, item ({num_items}, E) and, if any, "
-                f"user ({num_users}, E)"
+                f"--cf {path}: {name}_id names {len(rows)} of {len(vectors)} rows, and lacks "
+                f"{missing[:3]}; name each row once, and give zeros to what has no vector"
             )
-    return user[0] if user else None, item
+        vectors = vectors[[rows[key] for key in ids]]
+    fits = vectors.shape == (len(ids), width or vectors.shape[-1])
+    if not fits or not vectors.numel() or not vectors.isfinite().all():
+        raise InputError(
+            f"--cf {path}: {name} {tuple(vectors.shape)}; expected finite numbers "
+            f"({len(ids)}, {width or 'E'})"
+        )
+    return vectors
+
+
+def load_cf(path, user_ids, item_ids):
+    """The user's own embeddings: an .npz with `item` (I, E) and perhaps `user` (U, E), `item_id`,
+    `user_id` -> user (None where there is none), item."""
+    wanted = "expected an .npz with the float array `item`, and perhaps `user` and ids (no objects)"
+    with reading(f"--cf {path}", wanted), np.load(path, allow_pickle=False) as z:
+        item = vectors_in(path, z, "item", item_ids)
+        E = item.shape[1]
+        return vectors_in(path, z, "user", user_ids, E) if "user" in z else None, item

@@ -405,7 +405,9 @@ if __name__ == "__main__":
     p.add_argument(
         "--data", help="prepared folder whose items the LLM shall know [the toy world's]"
     )
-    p.add_argument("--out", default=str(HERE), help="folder to write [this one]")
+    p.add_argument(
+        "--out", default=str(HERE), help="folder to write; --probe: to measure [this one]"
+    )
     p.add_argument(
         "--width",
         type=int,
