@@ -64,9 +64,9 @@ class Dataset:
     """A prepared folder in memory: I items, U users, E CF dimensions.
 
     Raw vectors are as ALS left them: a raw user's dot product with a raw item is MF's score.
-    Encoders read standardised ones. Users' vectors are solved for when they are asked for: by
-    users_at for validation, test and conversation, by training_users for stage 2, by moments for
-    stage 1, and by all_of for new items alone.
+    Encoders read standardised ones. Users' vectors are solved for when they are asked for:
+    users_at for validation, test and conversation, user_before (one) and users_before (many users)
+    for training.
     """
 
     path: Path
@@ -81,7 +81,9 @@ class Dataset:
     # (U, E) raw users of another engine (--cf), who stand at every moment; None: ours
     user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
-    user_gram: torch.Tensor  # (E, E) X'X of all users by `all_of`: new items are folded in with it
+    user_gram: (
+        torch.Tensor
+    )  # (E, E) X'X of all users as ALS has them: new items are folded in with it
     solver: UserSolver  # from histories to raw users
     tasks: list  # dicts, see tasks.jsonl
 
@@ -107,15 +109,7 @@ class Dataset:
             vectors[known] = self.user_cf[users[known]]
         return vectors
 
-    def all_of(self, users):
-        """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
-        if self.user_cf is not None:
-            return self.user_cf[users]
-        short = np.diff(self.indptr) < 3  # they lend all they have
-        histories = [self.items_of(u, None if short[u] else "train") for u in users]
-        return self.solver.still().of_histories(histories)
-
-    def training_users(self, user, places):
+    def user_before(self, user, places):
         """One user's raw vectors (n, E), each just before the item at one of the places (n,) of
         their history, which is the target.
 
@@ -130,11 +124,11 @@ class Dataset:
             return self.solver.before(history, places)
         return self.solver.without(history, places)
 
-    def moments(self, users, places):
-        """training_users of many users (n,), one place each -> (n, E)."""
+    def users_before(self, users, places):
+        """user_before of many users (n,), one place each -> (n, E)."""
         if self.user_cf is None:
             return self.solver.moments([self.items_of(u, "train") for u in users], places)
-        vectors = [self.training_users(u, [place]) for u, place in zip(users, places)]
+        vectors = [self.user_before(u, [place]) for u, place in zip(users, places)]
         return torch.cat([self.raw_cf[:0], *vectors])
 
     def standard_users(self, raw):
@@ -300,7 +294,7 @@ def ranking_templates(path, name):
 
 
 def item_split(name, item_id):
-    """train 70 %, valid 10 %, test 20 %: a function of the folder's name and the item's id alone."""
+    """train 70 %, valid 10 %, test 20 %: a function of the folder's name and the item's id."""
     bucket = int(hashlib.sha256(f"{name}/{item_id}".encode()).hexdigest(), 16) % 10
     if bucket < 3:
         return "valid" if bucket == 0 else "test"

@@ -6,9 +6,10 @@
     python evaluate.py --table assets/results/main/*.json   # means over seeds; runs nothing
 
 Ranking: ILM.rank, the fast form of ILM.score (log p among the catalogue's names, with the prior),
-orders the catalogue (above 1,000 items its best 20: --beams) for every test user, by one of the ten seen prompts (user number
-modulo 10) and by the unseen one. Ties count against the target. Items of the user's own history are
-taken out, for every method and reference alike (--keep-history leaves them in).
+orders the catalogue (above 1,000 items its best 20: --beams) for every test user, by one of the ten
+seen prompts (user number modulo 10) and by the unseen one. Ties count against the target. Items of
+the user's own history are taken out, for every method and reference alike (--keep-history leaves
+them in).
 
 Text: log perplexity (-log p per target token, lower is better); where a task asks for one
 attribute, the share of generated answers that equal the truth; SC, semantic consistency.
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from assets.plumbing.cf import training_part
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
@@ -121,30 +121,6 @@ def popularity(dataset, users, split):
     return dataset.purchases.expand(len(users), -1)
 
 
-@lru_cache(1)
-def purchase_matrix(dataset):
-    """Who chose what in the training part, (U, I), sparse, of zeros and ones."""
-    users = np.repeat(np.arange(len(dataset.users)), np.diff(dataset.indptr))
-    pairs = np.stack([users, dataset.sequence])[:, training_part(dataset.indptr)]
-    shape = len(dataset.users), len(dataset.items)
-    ones = torch.ones(pairs.shape[1])
-    times = torch.sparse_coo_tensor(pairs, ones, shape, check_invariants=True)
-    return times.coalesce().bool().float()  # a repeated purchase counts once
-
-
-def item_knn(dataset, users, split):
-    """Sum over the history of the cosine between item columns (co-occurrence / sqrt of counts)."""
-    history = torch.zeros(len(dataset.items), len(users))
-    for column, u in enumerate(users):
-        history[dataset.items_of(u, split), column] = 1
-
-    matrix = purchase_matrix(dataset)
-    count = matrix.sum(0).to_dense()[:, None]
-    norm = count.clamp(min=1).sqrt()
-    scores = matrix.t() @ (matrix @ (history / norm)) / norm
-    return (scores - history * count / norm**2).T  # an item is not its own neighbour
-
-
 def mf_at_the_moment(dataset, users, split):
     """Matrix factorisation: the dot product of the vectors that, standardised, encoders read."""
     return dataset.users_at(users, split) @ dataset.raw_cf.T
@@ -200,6 +176,8 @@ def popularity_weight(dataset, weights=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 def reference_scores(dataset):
     """{name: score function, users (B,), split -> (B, I)} of what this data set can have."""
+    from assets.extras.neighbours import item_knn
+
     found = {"popularity": popularity, "item-knn": item_knn, "mf": mf}
     if dataset.user_cf is None:
         if dataset.solver.recency < 1:  # else it is mf
@@ -271,18 +249,18 @@ def test_users(dataset, limit):
 
 
 @torch.no_grad()
-def evaluate_ranking(examples, task, prompts, users, args):
-    """ranking_metrics on users (U,) of a ranking task, with its "seen" or "unseen" prompts."""
+def evaluate_ranking(examples, task, wording, users, args):
+    """ranking_metrics on users (U,) of a ranking task, with its "seen" or "unseen" wording."""
     model = examples.model
     ranks = []
     trie = model.trie(not args.full_vocabulary)
     for batch in tqdm(
-        batches(users, args.batch_size), f"{task} {prompts}", leave=False, disable=None
+        batches(users, args.batch_size), f"{task} {wording}", leave=False, disable=None
     ):
-        ids = examples.ranking_prompts(task, batch, args.split, prompts)
+        prompts = examples.ranking_prompts(task, batch, args.split, wording)
         targets, taken = targets_and_taken(model.dataset, batch, args.split, args.keep_history)
         with model.autocast():
-            scores = model.rank(ids, trie, args.beams, taken.to(model.cf.device))
+            scores = model.rank(prompts, trie, args.beams, taken.to(model.cf.device))
         ranks.append(target_ranks(scores.cpu(), targets))
     return ranking_metrics(torch.cat(ranks))
 
@@ -386,7 +364,7 @@ def controls(model):
         if name == "shuffled_cf":
             control.shuffle_cf()  # the vectors of others
         elif name == "zero_soft_tokens":
-            control.adapter.loudness.fill_(0)
+            control.adapter.gain.fill_(0)
         else:
             control.Q = 0  # items by name, a user by id; in text tasks "this item"
         yield name, Examples(control, control.dataset)

@@ -60,22 +60,22 @@ class Loudness(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.loudness = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.gain = nn.Parameter(torch.ones(()), requires_grad=False)
 
     def forward(self, states):
-        return states * self.loudness
+        return states * self.gain
 
     @torch.no_grad()
     def fit(self, states, probe, loudness):
         """From now on states like probe (N, Q, D) come out with a root mean square of loudness."""
-        self.loudness.fill_(1)
-        self.loudness.fill_(loudness / self(probe).pow(2).mean().sqrt())
+        self.gain.fill_(1)
+        self.gain.fill_(loudness / self(probe).pow(2).mean().sqrt())
 
 
 class Adapter(Loudness):
     """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed,
     then a linear map. DEVIATION: BLIP-2's map is the same for all queries; here each has its own,
-    as each soft token of the MLP has: one map would give all of them the same D-dimensional space."""
+    as each soft token of the MLP has: one map would give all of them the same D dimensions."""
 
     def __init__(self, num_queries, width, hidden):
         super().__init__()
@@ -109,9 +109,9 @@ class Adapter(Loudness):
 
 
 def make_encoder(config, cf_dim, hidden):
-    """The item encoder of a method; None for text, which has no soft tokens. Of your own: any nn.Module with a
-    number `width` and encode(cf (N, E)) -> (N, Q, width), three lines here, and its name in METHODS
-    of train_stage2.py."""
+    """The item encoder of a method; None for text, which has no soft tokens. Of your own: an
+    nn.Module with `width` and encode(cf (N, E)) -> (N, Q, width), three lines here, and its name in
+    METHODS of train_stage2.py."""
     if config["method"] == "text":
         return None
     if config["method"] == "mlp":
@@ -175,6 +175,7 @@ class ILM(nn.Module):
         if config.get("full_vocabulary"):
             self.set_prior("none", "fixed")  # its loss knows no trie
         else:
+            # Runs older than the prior have neither
             self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
         if self.Q:
             mlp = isinstance(encoder, MLPEncoder)
@@ -192,16 +193,17 @@ class ILM(nn.Module):
         probe = torch.randn(256, self.cf.shape[1], generator=torch.Generator().manual_seed(0))
         probe = self.with_history(probe.to(self.cf.device))
 
-        # States to whiten: some thousands of items and users will do
+        # States to whiten: some thousands of items and users will do. The loudness is set on noise,
+        # so that it is the same for all methods
         who, places = training_moments(self.dataset.indptr, 2_000)
-        vectors = self.dataset.standard_users(self.dataset.moments(who, places))
+        vectors = self.dataset.standard_users(self.dataset.users_before(who, places))
         histories = [self.dataset.items_of(u, "train")[:n] for u, n in zip(who, places)]
         users = self.with_history(vectors, histories).to(self.cf)
         items = self.with_history(self.cf[:: self.num_items // 5_000 + 1])
         encode = self.encoder.eval().encode
         self.adapter.fit(encode(torch.cat([items, users])), encode(probe), loudness)
 
-    def set_prior(self, prior, temperature):
+    def set_prior(self, prior, tau_is):
         """The prior in the trie: p is divided among a node's children not by the LLM's logits
         alone, but by
 
@@ -217,7 +219,7 @@ class ILM(nn.Module):
         if prior == "none":
             log_count = torch.zeros_like(log_count)
         self.register_buffer("log_count", log_count, persistent=False)
-        learned = temperature == "learned" and (self.Q > 0 or self.llm.trained)
+        learned = tau_is == "learned" and (self.Q > 0 or self.llm.trained)
         tau = torch.tensor(START_TAU if learned else 1.0)
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
@@ -268,7 +270,7 @@ class ILM(nn.Module):
         (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
         templates is a conversation, user and model in turn. What is too long loses its oldest
         history items, whole, then its oldest turns."""
-        # One text, or a chat's turns; fill makes [("words", text), ("item", 7), ("user", None), ...]
+        # A text, or a chat's turns; fill makes [("words", text), ("item", 7), ("user", None), ...]
         turns, history = as_turns(template, self.tokenizer), list(history)
         room = self.context - self.reserve
         while True:
@@ -428,7 +430,7 @@ class ILM(nn.Module):
         trained. Names are those of runs from before some parts became objects of their own."""
         saved = {}
         for name, parameter in self.named_parameters():
-            name = name.replace("llm.network.", "llm.").replace("adapter.loudness", "soft_scale")
+            name = name.replace("llm.network.", "llm.").replace("adapter.gain", "soft_scale")
             if self.llm.trained or not name.startswith("llm."):
                 saved[name] = parameter
         return saved

@@ -128,26 +128,26 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Self-attention shared by queries and text, then what each kind does for itself.
 
-    Queries read the CF keys by cross-attention, or the keys of the history, or neither. Each kind
-    has a feed-forward of its own.
+    Queries read the CF keys by cross-attention, or the keys of the history, or (in a single layer)
+    both. Each kind has a feed-forward of its own.
     """
 
-    def __init__(self, config, cross, history):
+    def __init__(self, config, reads_cf, reads_history):
         super().__init__()
         attention = (config.width, config.heads, config.dropout)
         self.self_attention = Attention(*attention)
-        self.cross_attention = Attention(*attention) if cross else None
-        self.history_attention = Attention(*attention) if history else None
+        self.cross_attention = Attention(*attention) if reads_cf else None
+        self.history_attention = Attention(*attention) if reads_history else None
         self.query_ffn = FeedForward(config.width, config.dropout)
         self.text_ffn = FeedForward(config.width, config.dropout)
 
-    def forward(self, x, num_queries, mask, cf_keys=None, history=None):
+    def forward(self, x, num_queries, mask, cf_keys=None, history_keys=None):
         x = self.self_attention(x, x, mask)  # (B, Q+T, D)
         queries, text = x[:, :num_queries], self.text_ffn(x[:, num_queries:])
         if num_queries and self.cross_attention is not None:
             queries = self.cross_attention(queries, cf_keys)
-        if self.history_attention is not None and history is not None:
-            queries = self.history_attention(queries, *history)
+        if self.history_attention is not None and history_keys is not None:
+            queries = self.history_attention(queries, *history_keys)
         return torch.cat([self.query_ffn(queries), text], 1)
 
 
@@ -211,7 +211,7 @@ class QFormer(nn.Module):
         self.positions = nn.Embedding(config.max_text, D)  # text alone: queries have no order
         self.norm = nn.LayerNorm(D, eps=1e-12)
 
-        # Every second layer reads the CF vector; those between read the history
+        # Every second layer reads the CF vector; those between, or a single one, read the history
         self.layers = nn.ModuleList()
         for i in range(config.layers):
             reads_history = W > 0 and (i % 2 == 1 or config.layers == 1)
@@ -253,10 +253,10 @@ class QFormer(nn.Module):
             nn.init.normal_(self.history_keys.linear.weight, std=E**-0.5)
             nn.init.normal_(self.history_keys.places, std=1.0)
         for layer in self.layers:
-            cross = layer.history_attention
-            if cross is not None:
-                nn.init.normal_(cross.value.weight, std=D**-0.5)
-                nn.init.zeros_(cross.out.weight)
+            attention = layer.history_attention
+            if attention is not None:
+                nn.init.normal_(attention.value.weight, std=D**-0.5)
+                nn.init.zeros_(attention.out.weight)
 
     def embed(self, num_queries, text_ids):
         """What the first layer reads: queries, then words with their positions. (B, Q+T, D)"""
@@ -272,14 +272,14 @@ class QFormer(nn.Module):
         cf (B, E or E') and/or text_ids, text_mask (B, T) -> query states (B, Q, D) and text states
         (B, T, D); Q or T is 0 for what was not given.
         """
-        Q, mask, cf_keys, history = 0, None, None, None
+        Q, mask, cf_keys, history_keys = 0, None, None, None
 
         # What the queries can read: the CF vector, and behind it the vectors of a user's last items
         if cf is not None:
             Q, E = self.config.num_queries, self.config.cf_dim
             cf_keys = self.cf_keys(cf[:, :E])  # (B, M, D)
             if self.history and cf.shape[1] > E:
-                history = self.history_keys(cf[:, E:])
+                history_keys = self.history_keys(cf[:, E:])
 
         # Who may see whom
         if text_ids is None:
@@ -289,7 +289,7 @@ class QFormer(nn.Module):
 
         x = self.embed(Q, text_ids)  # (B, Q+T, D)
         for layer in self.layers:
-            x = layer(x, Q, mask, cf_keys, history)
+            x = layer(x, Q, mask, cf_keys, history_keys)
         return x[:, :Q], x[:, Q:]
 
     def encode(self, cf):
@@ -303,6 +303,7 @@ class QFormer(nn.Module):
         used = {"queries", "cf_keys", "history_keys", "norm"}
         used_of_layers = {"self_attention", "cross_attention", "history_attention", "query_ffn"}
         for name, parameter in self.named_parameters():
+            # "layers.0.query_ffn.up.weight" or "queries": the dots make both long enough
             part, _, part_of_layer, *_ = f"{name}..".split(".")
             parameter.requires_grad_(part in used or part_of_layer in used_of_layers)
 

@@ -12,8 +12,8 @@ The loss is -log p(target tokens | prompt), by the LLM's own p where the target 
 where it is an item's name, p of each token is divided among the tokens that the catalogue allows
 there, with the prior of ILM.set_prior, exactly as when evaluate.py ranks. Nothing is spent on
 spelling, and a name ends where it is decided (--full-vocabulary: the paper's loss). A user is what
-came before the target (with recency 1: all their other training items). The gradient reaches item encoder and adapter
-through the frozen LLM, which stays as it is but for --train-llm.
+came before the target (with recency 1: all their other training items). The gradient reaches item
+encoder and adapter through the frozen LLM, which stays as it is but for --train-llm.
 
 Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
     sequential        a window of a user's history: *every* position is a target, packed in one row
@@ -110,7 +110,7 @@ class Examples:
         if self.model.shuffled:  # a stranger, at some place of their own history
             user = self.users[self.stranger[user] % len(self.users)]
             places = 1 + (places - 1) % (len(self.dataset.items_of(user, "train")) - 1)
-        vectors = self.dataset.standard_users(self.dataset.training_users(user, places))
+        vectors = self.dataset.standard_users(self.dataset.user_before(user, places))
         history = self.dataset.items_of(user, "train")
         return self.model.with_history(vectors, [history[:place] for place in places])
 
@@ -127,10 +127,10 @@ class Examples:
         history = [int(i) for i in history[-PROMPT_ITEMS:]] if task == "sequential" else ()
         return self.model.prompt_ids(template, user=user, history=history, cf=cf)
 
-    def ranking_prompts(self, task, users, split, prompts):
+    def ranking_prompts(self, task, users, split, wording):
         """What evaluation asks of users (B,): the template is the user's number modulo their
         count."""
-        templates, asked = self.templates[task, prompts], []
+        templates, asked = self.templates[task, wording], []
         for user, cf in zip(users, self.read_at(users, split)):
             template = templates[int(user) % len(templates)]
             history = self.dataset.items_of(user, split)
@@ -186,9 +186,9 @@ class Examples:
     # -- batches
 
     def batch(self, kind, size, rng):
-        """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times. One
-        template a batch, so that rows have like lengths. Every process
-        draws the same users and makes its own rows of them."""
+        """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times.
+        One template a batch, so that rows have like lengths. Every process draws the same users and
+        makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # the row's seed picks the instance

@@ -14,6 +14,7 @@ from assets.fast.nearest import nearest_of_each
 from assets.plumbing import cf, choose_cf
 from assets.plumbing.checks import first_of_each
 from assets.plumbing.guard import printable, write_atomically
+from assets.plumbing.later import whole_vectors
 from assets.plumbing.readers import read_items
 
 
@@ -165,9 +166,9 @@ def test_users_of_another_engine_stand_at_every_moment(four_items):
     assert (dataset.raw_cf.numpy() == items).all() and dataset.raw_cf.dtype == torch.float32
     for split in ("valid", "test", None):
         assert (dataset.users_at([2, 0], split).numpy() == users[[2, 0]]).all()
-    assert (dataset.training_users(2, np.array([1, 1])).numpy() == users[[2, 2]]).all()
-    assert (dataset.moments([2, 0], [1, 1]).numpy() == users[[2, 0]]).all()
-    assert (dataset.all_of([2, 0]).numpy() == users[[2, 0]]).all()
+    assert (dataset.user_before(2, np.array([1, 1])).numpy() == users[[2, 2]]).all()
+    assert (dataset.users_before([2, 0], [1, 1]).numpy() == users[[2, 0]]).all()
+    assert (whole_vectors(dataset, [2, 0]).numpy() == users[[2, 0]]).all()
 
 
 def test_with_item_vectors_of_another_engine_alone_users_are_folded_in(four_items):

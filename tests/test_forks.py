@@ -13,7 +13,7 @@ from conftest import ROOT
 from huggingface_hub import HfApi
 
 import data
-from assets.plumbing.later import extend
+from assets.plumbing.later import extend, whole_vectors
 from ilm import ILM, load_ilm
 
 README = "".join((ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "assets/docs/FORKING.md"))
@@ -110,7 +110,7 @@ def test_a_new_item_is_folded_in_from_those_who_chose_it(toy, tmp_path, a0):
     chosen_by = [3, 8, 40]
     log = [(dataset.users[u], "new", 1) for u in chosen_by]
     extended = extend(dataset, later_folder(tmp_path / "later", log))
-    X = dataset.all_of(range(150)).double()
+    X = whole_vectors(dataset, range(150)).double()
     A = dataset.user_gram.double()
     b = torch.zeros(12, dtype=torch.double)
     s = dataset.solver.settings
@@ -154,7 +154,7 @@ def test_known_users_of_another_engine_stand_beside_new_ones(toy, tmp_path):
     found = extended.users_at([4, 150])
     assert torch.equal(found[0], dataset.user_cf[4])
     torch.testing.assert_close(found[1], extended.solver.of_histories([[7, 3, 9]])[0])
-    assert extended.moments([4, 150], [1, 1]).shape == (2, 12)
+    assert extended.users_before([4, 150], [1, 1]).shape == (2, 12)
 
 
 def test_your_own_vectors_take_the_place_of_als(shop, run):

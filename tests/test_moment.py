@@ -9,6 +9,7 @@ import torch
 import data
 from assets.fast.als import solve_short_rows
 from assets.plumbing.cf import CFSettings, UserSolver, solve_rows, training_moments
+from assets.plumbing.later import whole_vectors
 
 NUM_ITEMS = 30
 SETTINGS = {  # every form of the solver: order counts or not, the ridge is flat or grows with a row
@@ -162,7 +163,7 @@ def test_no_training_vector_knows_its_target(dataset):
     """Another item at place 5: the vector that predicts place 5 is the same to the last bit of
     meaning. Later ones know it; earlier ones only where order does not matter."""
     places = np.arange(1, len(dataset.items_of(3, "train")))
-    moved = changed(dataset, 3, 5, lambda user: dataset.training_users(user, places))
+    moved = changed(dataset, 3, 5, lambda user: dataset.user_before(user, places))
     assert not moved[places == 5].any()
     assert moved[places > 5].all()
     assert moved[places < 5].all() == (dataset.solver.recency == 1)
@@ -173,8 +174,8 @@ def test_no_training_vector_knows_its_target(dataset):
 def test_training_vectors_know_neither_validation_nor_test_items(dataset, last):
     places = np.arange(1, len(dataset.items_of(3, "train")))
     end = len(dataset.items_of(3)) - last
-    assert not changed(dataset, 3, end, lambda user: dataset.training_users(user, places)).any()
-    assert not changed(dataset, 3, end, lambda user: dataset.all_of([user])).any()
+    assert not changed(dataset, 3, end, lambda user: dataset.user_before(user, places)).any()
+    assert not changed(dataset, 3, end, lambda user: whole_vectors(dataset, [user])).any()
 
 
 def test_vectors_at_validation_and_test_do_not_know_what_is_asked(dataset):
@@ -199,13 +200,13 @@ def test_vectors_at_validation_and_test_do_not_know_what_is_asked(dataset):
 
 def test_moments_of_many_users_are_those_of_each(dataset):
     users, places = [4, 7, 4, 0], [3, 1, 9, 6]
-    each = [dataset.training_users(u, np.array([place])) for u, place in zip(users, places)]
-    close(dataset.moments(users, places), torch.cat(each))
+    each = [dataset.user_before(u, np.array([place])) for u, place in zip(users, places)]
+    close(dataset.users_before(users, places), torch.cat(each))
 
 
 def test_users_of_all_their_training_items_are_those_of_als(dataset):
     """What new items are folded in with: order plays no part, whatever recency is."""
-    everyone = dataset.all_of(range(len(dataset.users)))
+    everyone = whole_vectors(dataset, range(len(dataset.users)))
     still = replace(dataset.solver.settings, recency=1.0)
     wanted = by_hand(UserSolver(dataset.raw_cf, still), dataset.items_of(5, "train"))
     close(everyone[5], wanted)
@@ -230,7 +231,7 @@ def test_a_sample_of_training_moments_is_part_of_them_without_repeats(dataset):
 def test_users_are_standardised_by_their_training_moments(toy):
     dataset = data.load_dataset(toy)
     moments = training_moments(dataset.indptr, 10_000)
-    standard = dataset.standard_users(dataset.moments(*moments))
+    standard = dataset.standard_users(dataset.users_before(*moments))
     torch.testing.assert_close(standard.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.std(0), torch.ones(12), atol=1e-3, rtol=0)
 

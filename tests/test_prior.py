@@ -44,7 +44,7 @@ def test_without_the_llm_items_are_as_likely_as_they_are_popular(models, monkeyp
     any prompt, so that the ranking is popularity's list."""
     model = models["popularity"]
     if zero_soft:
-        monkeypatch.setattr(model.adapter.loudness, "data", torch.zeros(()))
+        monkeypatch.setattr(model.adapter.gain, "data", torch.zeros(()))
     templates = Examples(model, model.dataset).templates
     asked = [model.prompt_ids(templates["straightforward", seen][0], user=9) for seen in ("seen", "unseen")]
     prompts = [*prompts_of(model), *asked, model.prompt_ids("Name any title:")]

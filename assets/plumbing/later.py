@@ -47,12 +47,21 @@ def new_names(pairs, known, others):
     return {name: found for name, found in met.items() if found}, [n for n in met if not met[n]]
 
 
+def whole_vectors(dataset, users):
+    """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
+    if dataset.user_cf is not None:
+        return dataset.user_cf[users]
+    short = np.diff(dataset.indptr) < 3  # they lend all they have
+    histories = [dataset.items_of(u, None if short[u] else "train") for u in users]
+    return dataset.solver.still().of_histories(histories)
+
+
 def fold_in_items(dataset, met):
     """Raw vectors (N, E) of new items from the known users who chose them, {item: users}: one
     row of ALS's other side."""
     if not met:
         return dataset.raw_cf[:0]
-    chosen_by = [dataset.all_of(users) for users in met.values()]
+    chosen_by = [whole_vectors(dataset, users) for users in met.values()]
     S = torch.stack([X.T @ X for X in chosen_by])
     b = torch.stack([X.sum(0) for X in chosen_by])
     weight = torch.tensor([float(len(X)) for X in chosen_by])
