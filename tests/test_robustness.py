@@ -119,8 +119,8 @@ DATASETS = {  # name: (files, further flags, words of the message)
         (csv(cf_npz=npz(user=np.ones((6, 2)), item=np.full((6, 2), np.nan))), ["--cf", "cf.npz"], ["cf.npz", "finite"]),
         (csv(cf_npz=npz(user=np.ones((6, 2)), item=np.array([["x", "y"]] * 6))), ["--cf", "cf.npz"], ["cf.npz"]),
         (csv(cf_npz=npz(user=np.ones((6, 0)), item=np.ones((6, 0)))), ["--cf", "cf.npz"], ["cf.npz", "(6, 0)"]),
-        (csv(cf_npz=npz(item=np.ones((5, 2)), item_id=np.array(["i1", "i2", "i3", "i4", "i5"]))), ["--cf", "cf.npz"], ["cf.npz", "['i0']", "zeros"]),
-        (csv(cf_npz=npz(item=np.ones((7, 2)), item_id=np.array(["i0", "i0", "i1", "i2", "i3", "i4", "i5"]))), ["--cf", "cf.npz"], ["6 of 7 rows"]),
+        (csv(cf_npz=npz(item=np.ones((5, 2)), item_id=["i1", "i2", "i3", "i4", "i5"])), ["--cf", "cf.npz"], ["cf.npz", "['i0']", "zeros"]),
+        (csv(cf_npz=npz(item=np.ones((7, 2)), item_id=["i0", "i0", "i1", "i2", "i3", "i4", "i5"])), ["--cf", "cf.npz"], ["6 of 7 rows"]),
         (csv(cf_npz=npz(item=np.ones((6, 2)), item_id=np.array([*"abcdef"], dtype=object))), ["--cf", "cf.npz"], ["cf.npz", "no objects"]),
         (csv(), ["--cf", "nowhere.npz"], ["nowhere.npz", "No such file"]),
         (csv(), ["--cf", "."], ["--cf .", "directory"])]}
@@ -156,7 +156,8 @@ FLAGS = [  # script, flags, files, words
     *(("data.py", argv, {}, words) for argv, words in [
         (["--dataset", "netflix"], ["--dataset", "netflix", "movielens"]), (["--dataset", "csv"], ["needs --source"]),
         (["--source", "shop"], ["--source", "need --dataset csv"]), (["--items", "items.csv"], ["need --dataset csv"]),
-        (["--columns", "user=A"], ["need --dataset csv"]), (["--cf-dim", 0], ["--cf-dim", "at least 1"]), (["--cf-dim", "many"], ["--cf-dim", "many"]), (["--min-count", -1], ["--min-count"]),
+        (["--columns", "user=A"], ["need --dataset csv"]), (["--cf-dim", 0], ["--cf-dim", "at least 1"]),
+        (["--cf-dim", "many"], ["--cf-dim", "many"]), (["--min-count", -1], ["--min-count"]),
         (["--recency", 0], ["--recency", "at least 0.01"]), (["--recency", 1.1], ["--recency", "at most 1"]),
         (["--recency", "nan"], ["--recency"]),
         (["--reg", 0], ["--reg", "at least 1e-06"]), (["--reg", "inf"], ["--reg"]), (["--a0", -1], ["--a0", "at least 0"]),
@@ -547,7 +548,8 @@ def test_binary_files_under_fuzz(work, tmp_path):
         (tmp_path / "toy" / file).write_bytes(mutated(rng, whole := (work / "data/toy" / file).read_bytes()))
         sums = meta["sha256"] | {file: hashlib.sha256((tmp_path / "toy" / file).read_bytes()).hexdigest()}
         (tmp_path / "toy/meta.json").write_text(json.dumps(meta | {"sha256": sums}))
-        for read in (lambda: readers.load_cf(tmp_path / "cf.npz", [*"uvwxyz"], [*"abcde"]), lambda: run.load_weights({}, tmp_path / "run/model.safetensors"),
+        for read in (lambda: readers.load_cf(tmp_path / "cf.npz", [*"uvwxyz"], [*"abcde"]),
+                     lambda: run.load_weights({}, tmp_path / "run/model.safetensors"),
                      lambda: run.read_config(tmp_path / "run", "stage1"), lambda: data.load_dataset(tmp_path / "toy")):
             try:
                 read()
