@@ -19,7 +19,7 @@ item-language model will translate into text space. The folder:
                     Beauty's texts begin with them)
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment*. That,
-and ALS, stand in assets/plumbing/cf.py, the second file to read.
+and ALS, stand in assets/plumbing/cf.py, to be read beside this file.
 """
 
 import hashlib
@@ -81,14 +81,14 @@ class Dataset:
     # (U, E) raw users of another engine (--cf), who stand at every moment; None: ours
     user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
-    user_gram: (
-        torch.Tensor
-    )  # (E, E) X'X of all users as ALS has them: new items are folded in with it
+    # (E, E) X'X of all users as ALS (or --cf) has them: new items are folded in with it
+    user_gram: torch.Tensor
     solver: UserSolver  # from histories to raw users
     tasks: list  # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
-        """Item indices of one user in time order, without what `split` hides."""
+        """Item indices of one user in time order, without what `split` hides. (ALS sees all items
+        of users with fewer than 3: cf.training_part.)"""
         begin, end = self.indptr[user], self.indptr[user + 1] - HIDDEN[split]
         return self.sequence[begin : max(begin, end)]
 

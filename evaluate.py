@@ -14,7 +14,7 @@ them in).
 Text: log perplexity (-log p per target token, lower is better); where a task asks for one
 attribute, the share of generated answers that equal the truth; SC, semantic consistency.
 
-References use no text, and know the whole history up to the moment, as a user's vector does.
+References use no text; all but popularity know the whole history up to the moment.
 Retention = sequential HR@10 / HR@10 of MF at the moment, with or without popularity, whichever is
 better on validation. It is 1 for a model that is as good as MF, which says not where it is from.
 """
@@ -40,9 +40,8 @@ from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from train_stage1 import TEXT_LOSSES, evaluate_texts
-from train_stage2 import Examples, load_stage1
+from train_stage2 import KINDS, Examples, load_stage1
 
-TASKS = (*RANKING_TASKS, "text")
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
 AT_THE_MOMENT, PLUS_POPULARITY = "mf, at the moment", "mf, at the moment + popularity"
 
@@ -378,7 +377,7 @@ def evaluate_stage2(run, config, args, device):
     rank = partial(evaluate_ranking, users=users, args=args)
 
     # What the run was trained on, or what was asked for
-    shares = zip(TASKS, config.get("mix", (1, 1, 1)))
+    shares = zip(KINDS, config.get("mix", (1, 1, 1)))
     tasks = args.tasks or [task for task, share in shares if share]
     out = {"rec": {}}
     for task in RANKING_TASKS:
@@ -432,7 +431,7 @@ def evaluate_run(run, args, device):
 def parse_args(argv=None):
     from assets.extras.sasrec import sasrec_settings
 
-    return evaluate_flags(argv, __doc__, TASKS, sasrec_settings)
+    return evaluate_flags(argv, __doc__, KINDS, sasrec_settings)
 
 
 def main():

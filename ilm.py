@@ -8,10 +8,9 @@
                         --(embedding)--> words, and soft tokens between them <--------------------'
                         --(frozen LLM)--> p(next token)
 
-It reads, ranks and writes. Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is
-CoLLM's. Simplified against the paper: the LLM is whatever checkpoint you name, decoder-only or
-encoder-decoder (assets/plumbing/llm.py). The names' trie is in assets/plumbing/trie.py. What is
-only faster, packed rows and the search through the names, is in assets/fast/."""
+Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. The LLM is whatever
+checkpoint you name, decoder-only or encoder-decoder (assets/plumbing/llm.py). The names' trie is in
+assets/plumbing/trie.py. What is only faster, packed rows and the search, is in assets/fast/."""
 
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from assets.plumbing.trie import Trie, index_targets, segment_logsumexp
 from data import SOFT, item_names, load_dataset
 from qformer import QFormer, QFormerConfig
 
-# How loudly the frozen LLM is heard among a trie's children at first, in all methods and data sets.
-# It is learned, and multiplies logits, where ITC's temperature divides them
+# How loudly the frozen LLM is heard among a trie's children at first, where it is learned (else 1).
+# It multiplies logits, where ITC's temperature divides them
 START_TAU = 0.4
 PRIORS = ("popularity", "uniform", "none")
 
@@ -103,8 +102,8 @@ class Adapter(Loudness):
         becomes v / (v + 1 % of the largest), so that noise stays small."""
         mean = states.mean(0)
         variance, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-        gain = (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt()
-        self.whitening.weight.copy_((directions * gain) @ directions.T)
+        stretch = (variance + 0.01 * variance.max()).clamp(min=1e-6).rsqrt()
+        self.whitening.weight.copy_((directions * stretch) @ directions.T)
         self.whitening.bias.copy_(-self.whitening.weight @ mean)
 
 
@@ -126,8 +125,8 @@ def make_encoder(config, cf_dim, hidden):
 
 
 class Prompt(list):
-    """Token ids, and what encoders read [(E',), ...] of those that are mentioned beside the
-    catalogue.
+    """Token ids, and the vectors of those that are mentioned beside the catalogue: (E',) of a user,
+    (E,) of a mixture of items.
 
     A soft token's id is above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
     entity. Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items.
@@ -255,7 +254,8 @@ class ILM(nn.Module):
 
     def shuffle_cf(self):
         """A control: the CF vectors of all items are dealt out anew at random, and every user gets
-        a stranger's (Examples.stranger), with what they chose; the same for every seed."""
+        a stranger's (Examples.stranger), with what they chose, whose own vectors stay. The same for
+        every seed."""
         order = torch.from_numpy(np.random.default_rng(0).permutation(self.num_items))
         self.cf.copy_(self.cf[order.to(self.cf.device)])
         self.shuffled = True
@@ -268,9 +268,9 @@ class ILM(nn.Module):
         user: an index; cf (E',): what stands for them [their vector now]. {item:7}, {user:7} and
         {history:7,8} say themselves whom they mean, by index; {item:I+n} is guests[n], a vector
         (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
-        templates is a conversation, user and model in turn. What is too long loses its oldest
-        history items, whole, then its oldest turns."""
-        # A text, or a chat's turns; fill makes [("words", text), ("item", 7), ("user", None), ...]
+        templates is a conversation, user and model in turn. What is too long loses the oldest items
+        of `history`, whole, then its oldest turns."""
+        # A text, or a chat's turns; of each, fill makes [("words", text), ("item", 7), ...]
         turns, history = as_turns(template, self.tokenizer), list(history)
         room = self.context - self.reserve
         while True:
@@ -318,11 +318,12 @@ class ILM(nn.Module):
         return Prompt([next(soft) if i == self.soft_id else i for i in ids], vectors)
 
     def user_words(self, user):
-        """What is said of a user: their id, where there is no soft token."""
+        """What is said of a user: "user", and their id where there is no soft token."""
         return "user " + ("" if self.Q or user is None else str(self.dataset.users[user]))
 
     def item_words(self, kind, item, named):
-        """What is said of an {item} or of an item of a {history}: its name, or nothing."""
+        """What is said of an {item} or of an item of a {history}: its name, nothing, or "this item"
+        in text tasks without soft tokens."""
         if kind == "item" and not named:  # text tasks
             return "" if self.Q else "this item"
         if item >= self.num_items:  # a mixture has no name
@@ -436,7 +437,7 @@ class ILM(nn.Module):
         return saved
 
     def save_pretrained(self, folder, **more):
-        """Write a folder in the hub's format, without LLM and data (assets/extras/hub.py)."""
+        """Write a folder in the hub's format, without LLM and data."""
         from assets.extras import hub
 
         return hub.save(self, folder, **more)

@@ -13,9 +13,10 @@ Source: BLIP-2 (arXiv 2301.12597, section 3) with a CF vector in place of an ima
 encoder reads user vectors.
 
 Dimension letters of the six files (assets/ says its own):
-    B batch    Q queries = soft tokens per item    T text tokens    M CF key tokens
-    D Q-Former width    E CF width    H heads    V vocabulary    P width of the contrastive space
-    L prompt length    W items of a history    I items    U users    N any number of rows    S keys
+    B batch    Q queries = soft tokens per item    M CF key tokens    D Q-Former width    E CF width
+    T text tokens (in ilm.py target tokens)    L length of a prompt or packed row    H heads
+    V vocabulary    P width of the contrastive space    W items of a history    I items    U users
+    N any number of rows    S keys
     E' = (1 + W) * E: a vector, and behind it those of a user's last W items (zeros for an item)
 """
 
@@ -335,7 +336,7 @@ class QFormer(nn.Module):
         return self.temperature.clamp(0.001, 0.5)
 
 
-# ---- The losses: pure functions, tensors in, scalar out ----
+# ---- The losses and their parts: pure functions of tensors ----
 
 
 def item_text_similarity(query_features, text_features):
@@ -368,7 +369,8 @@ def contrastive_loss(similarity, temperature, duplicates, label_smoothing=0.0):
     """ITC, II and UI: each row finds its column on the diagonal, and each column its row.
 
     (B, B) similarities, duplicates (B, B) -> scalar: -log softmax(similarity / temperature)[i, i],
-    the mean over rows and over both directions. Duplicates are neither target nor negative.
+    the mean over rows and over both directions. Duplicates are neither target nor negative. With
+    label smoothing s it is 1 - s of that and s of the mean over all columns but duplicates.
 
     About ln B at the start. II and UI hardly fall below it on the toy world, where a user's other
     items are negatives too. If their logged accuracy stays at 1 / B, the queries have collapsed.

@@ -62,8 +62,8 @@ def set_learning_rate(optimizer, step, steps, peak):
 
 
 def make_optimizer(model, lr, weight_decay=0.05):
-    """AdamW with BLIP-2's betas and decay. Matrices decay, word tables too; norms, biases,
-    temperature and learned queries do not."""
+    """AdamW with the betas and the decay of BLIP-2's code. What has two axes decays: matrices,
+    tables of words and positions, HistoryKeys.places; nothing else."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trainable if p.ndim == 2], "weight_decay": weight_decay}
     others = {"params": [p for p in trainable if p.ndim != 2], "weight_decay": 0.0}
@@ -199,7 +199,6 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     for rows, query in zip(items.split(chunk), torch.cat(queries).split(chunk)):
         similarity = item_text_similarity(query, texts_read)  # (chunk, held-out items)
         ranks.append(texts.ranks(similarity, rows, items))
-    model.train()
     recall = {f"R@{k}": (torch.cat(ranks) <= k).double().mean().item() for k in (1, 5)}
     return {**sums, **recall, "chance@1": 1 / len(items)}
 
@@ -226,7 +225,7 @@ def set_up_model(args, dataset, device):
     torch.manual_seed(args.seed)
     config = QFormerConfig(
         cf_dim=dataset.item_cf.shape[1],
-        vocab_size=len(tokenizer) + 4,
+        vocab_size=len(tokenizer) + 4,  # what Texts may add: [CLS] [SEP] [DEC] pad
         heads=bert.config.num_attention_heads if bert else 0,
         **shape_of(args),
     )
@@ -263,6 +262,7 @@ def main():
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             held_out = (dataset, texts, valid_items, device)
             valid = evaluate_texts(model, *held_out) if batches.with_text else {}
+            model.train()
             chosen_by = sum(valid[name] for name in args.losses if name in valid)
             run.save(step, chosen_by if valid else -step)
             run.log_validation(step, valid)

@@ -73,15 +73,15 @@ from qformer import QFormer, QFormerConfig
 from train_stage1 import clip_and_step, make_optimizer, set_learning_rate
 
 METHODS = ("ilm", "ilm-rand", "mlp", "text")
-KINDS = ("sequential", "straightforward", "text")
+KINDS = (*RANKING_TASKS, "text")
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----
 
 
 class Examples:
-    """Turns users and text-task instances into (prompt ids, target ids), for training, validation
-    and test alike, and packs them (assets/fast/packing.py)."""
+    """Turns users and text-task instances into (prompt, target ids[, trie nodes]), for training,
+    validation and test alike, and packs them (assets/fast/packing.py)."""
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
@@ -93,7 +93,7 @@ class Examples:
         self.users = np.array(
             [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
         )
-        # Whose vector a user gets where CF is shuffled
+        # Whose vector a user gets where CF is shuffled; in training one who has places to ask at
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
     # -- what stands for a user, with the last items behind it where encoders read them
@@ -142,7 +142,7 @@ class Examples:
         return prompt, self.model.target_ids(instance["target"])[: self.model.context - len(prompt)]
 
     def prefixes(self, user, window, cf, template):
-        """Prompts of all prefixes of a window of items (n + 1,) but the empty one, cf (n, E')."""
+        """A window of items (n + 1,), cf (n, E') -> n prompts, of its first 1, 2 ... n items."""
         longest = self.ranking("sequential", user, window[:-1], template, cf[-1])
         ends = item_ends(longest, self.model.num_items, self.model.Q)
         if len(ends) == len(window) - 1:  # cut from the longest one, which is tokenised once
@@ -187,8 +187,8 @@ class Examples:
 
     def batch(self, kind, size, rng):
         """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times.
-        One template a batch, so that rows have like lengths. Every process draws the same users and
-        makes its own rows of them."""
+        One template a batch (texts: a row), so that rows have like lengths. Every process draws the
+        same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # the row's seed picks the instance
@@ -418,7 +418,8 @@ def main():
         norm = clip_and_step(optimizer, scaler)
         check_step(losses, step, norm, scaler)
 
-        # -- log, of all processes: the loss, and means of each kind, a token (validation: a user)
+        # -- log, of all processes: the loss, and means of each kind, a token. (Of ranking,
+        # validation is a user)
         if step % 20 == 0:
             means = mean_over_processes({"loss": loss, **losses})
             run.log_step(step, norm, **means, tau=model.tau.item(), targets=seen_targets)

@@ -37,10 +37,10 @@ def pack(examples, num_items=0, Q=1):
     """Examples (prompt, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a
     branch for each example.
 
-        trunk     A B C                      the longest prompt, as far as others share it
-        branch 1  A | . Next for u: B        sees A and itself
-        branch 2  A B | . Next for u: C      sees A B and itself
-        branch 3  A B C | . Next for u: D
+        trunk     A B C .        the longest prompt, "So far: A, B, C. Next for u", but for its end
+        branch 1  A | . u: B     sees A and itself
+        branch 2  A B | . u: C   sees A B and itself
+        branch 3  A B C . | u: D
 
     Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy
     world). A branch repeats its prompt's last token, since that is the one that predicts the
@@ -61,7 +61,7 @@ def pack(examples, num_items=0, Q=1):
     for prompt in prompts:
         common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
         shared.append(min(common, len(prompt) - 1))
-    trunk = max(shared)
+    trunk = max(shared)  # len(longest) - 1
     row = {
         "cf": cf,
         "ids": longest[:trunk],
@@ -110,13 +110,14 @@ def packed_attention(batch):
     """The mask of packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands
     before it in its own branch, and the part of the trunk before its branch left:
 
-        key      A B C | . u | . u | . u
-        trunk C  x x x   . .   . .   . .
-        . u of 1 x . .   x x   . .   . .       branch 1 left after A
-        . u of 2 x x .   . .   x x   . .       branch 2 left after B, and does not know branch 1
+        key      A B C . | . u | . u | u
+        trunk C  x x x .   . .   . .   .
+        . u of 1 x . . .   x x   . .   .       branch 1 left after A
+        . u of 2 x x . .   . .   x x   .       branch 2 left after B, and does not know branch 1
+        u of 3   x x x x   . .   . .   x       the longest prompt's: it alone sees the trunk's "."
 
-    (" . u " stands for the end of a prompt, as in "So far: A, B. Next for user u"; within a branch,
-    too, no token sees the next.)"""
+    (". u" is the end of a prompt, as in "So far: A, B. Next for user u"; within a branch, too, no
+    token sees the next.)"""
     branch, position, attach = batch["branch"], batch["position"], batch["attach"]
     L = branch.shape[1]
     earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
@@ -164,8 +165,8 @@ def index(batch, trie, num_items, Q):
 
 
 def soft_index(ids, cf, num_items, Q):
-    """Where the soft tokens of ids (B, L) stand and what they are. cf [(E,), ...]: the vectors of
-    entities I, I + 1, ... -> a dict of tensors, empty where there is no soft token."""
+    """Where the soft tokens of ids (B, L) stand and what they are. cf: of entities I, I + 1, ...
+    (E',) for a user, (E,) for a mixture, which is filled up with zeros -> a dict of tensors, empty where there is no soft token."""
     flat = ids.flatten()
     place = (flat >= SOFT_BASE).nonzero()[:, 0]
     if not len(place):

@@ -109,8 +109,8 @@ def train_cf(users, items, num_users, num_items, settings, iterations=15, seed=0
 
 
 def standardise(x, known=None):
-    """Columns of x, less the mean and over the standard deviation of `known` (x itself), of its
-    rows that CF has seen (not all zeros)."""
+    """Columns of x, less the mean and over the standard deviation of `known` [x itself], of its
+    rows that CF has seen (not all zeros). Of fewer than two: x as it is."""
     known = x if known is None else known
     seen = known[known.abs().sum(1) > 0]
     if len(seen) < 2:

@@ -10,7 +10,7 @@ from assets.plumbing.guard import InputError
 
 class Trie:
     """A prefix tree over token sequences in flat arrays: node n has children first[n] .. first[n] +
-    count[n], reached by token[.].
+    count[n] - 1, reached by token[.].
 
         names  a b $ | a c $ | d e $      root -a-> . -b-> item 0
                                                  `-c-> item 1
@@ -94,7 +94,7 @@ def segment_logsumexp(x, segment, num_segments):
 def index_targets(trie, token, node):
     """What ILM.log_p has to know of target tokens (T,), worked out on the CPU: which of them are
     words of a text (node -1), and of those that are part of a name all children of their nodes
-    (T,), among which p is divided (ragged: parent[m] is the row of child[m]), and which child is
+    (T,), among which p is divided (ragged: child[m] belongs to name_at[parent[m]]), and which child is
     meant."""
     word_at, name_at = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
     parent, child = trie.children(node[name_at])
