@@ -413,7 +413,7 @@ class ILM(nn.Module):
         return scores
 
     def rank(self, prompts, trie, beams=None, taken=None):
-        """score of the `beams` best items of each prompt, (B, I); the others have -inf."""
+        """score of the `beams` best items of each prompt (B, I); the others have -inf."""
         return search(self, prompts, trie, beams, taken)
 
     def recommend(self, prompts, taken, k=10):
@@ -482,7 +482,7 @@ def load_ilm(run, device, data=None, new=None, llm=None):
 
 
 def main():
-    from assets.extras import chat  # talking to it; its flags are there
+    from assets.extras import chat
 
     chat.main()
 
