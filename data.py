@@ -1,7 +1,7 @@
 """Raw interaction logs -> one prepared folder that every other script reads. Read this first.
 
     python data.py                                       # the toy world, 3 s
-    python data.py --dataset movielens --source ml-100k  # 20 s
+    python data.py --dataset movielens --source ml-100k  # under a minute
 
 A recommender knows items through *interactions* (who chose what, in which order), a language model
 through *text*. This file prepares both, and the collaborative-filtering (CF) vectors that the
@@ -96,9 +96,10 @@ class Dataset:
         """The item of one user that valid or test asks for."""
         return int(self.sequence[self.indptr[user + 1] - HIDDEN[split]])
 
-    def eligible(self):
-        """Users with at least 3 interactions: one to learn from, one to validate, one to test."""
-        return np.flatnonzero(np.diff(self.indptr) >= 3)
+    def eligible(self, least=3):
+        """Users with at least so many interactions: one to learn from, one to validate, one to test.
+        A training target needs another before it: 4."""
+        return np.flatnonzero(np.diff(self.indptr) >= least)
 
     def users_at(self, users, split=None):
         """Raw vectors (B, E) of users when the target of `split` is asked for. None: now."""

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
-from assets.plumbing.runs import describe, find_runs, write_json
+from assets.plumbing.runs import find_runs, which_run, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
 from assets.toy_world import toy_oracle, toy_world
 from data import RANKING_TASKS, load_dataset
@@ -420,7 +420,7 @@ def evaluate_run(run, args, device):
     began = time.time()
     config = read_config(run)
     config["data"] = args.data or config["data"]
-    out = describe(run, config, args, device)
+    out = which_run(run, config, args, device)
     evaluate = evaluate_stage1 if config["kind"] == "stage1" else evaluate_stage2
     out |= evaluate(run, config, args, device)
     out["seconds"] = round(time.time() - began, 1)

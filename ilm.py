@@ -1,7 +1,7 @@
 """The item-language model: CF vectors become soft tokens between the words of a frozen LLM.
 
     python ilm.py --run out/toy/ilm "Describe {item:007}."              # one answer
-    python ilm.py --run out/toy/ilm                                     # a conversation
+    python ilm.py                                                       # a conversation
 
     CF vector of an item or a user --(Q-Former or MLP)--> Q states --(adapter)--> Q soft tokens --.
     prompt: "So far: Amber Key <3><3>, Jade Road <8><8>. Next for user <u><u>"                    |
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from assets.fast.packing import SOFT_BASE, index_prompts, target_states
-from assets.fast.search import best_items, search
+from assets.fast.search import search
 from assets.plumbing.cf import training_moments
 from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, fill, frame
 from assets.plumbing.guard import InputError, run_script
@@ -415,10 +415,6 @@ class ILM(nn.Module):
     def rank(self, prompts, trie, beams=None, taken=None):
         """score of the `beams` best items of each prompt (B, I); the others have -inf."""
         return search(self, prompts, trie, beams, taken)
-
-    def recommend(self, prompts, taken, k=10):
-        """The k best items after each prompt but those taken, [[(item, log p), ...], ...]."""
-        return best_items(self, prompts, taken, k)
 
     def generate(self, prompts, max_new_tokens=48, **more):
         """Greedy continuation of each prompt, as text. more: arguments of transformers' own."""

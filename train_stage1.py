@@ -29,6 +29,7 @@ from assets.plumbing.guard import Parser
 from assets.plumbing.run import (
     Gather,
     RunDirectory,
+    autocast,
     check_step,
     describe,
     distribute,
@@ -36,6 +37,7 @@ from assets.plumbing.run import (
     introduce,
     mean_over_processes,
     own_rows,
+    precision,
     progress,
     run_training,
     start_processes,
@@ -91,8 +93,7 @@ class Pairs:
 
     def __init__(self, dataset, window=5):
         self.dataset, self.window = dataset, window
-        users = [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
-        self.users = np.array(users)
+        self.users = dataset.eligible(4)
 
     def ii(self, count, rng):
         """(B,), (B,) item indices."""
@@ -249,9 +250,7 @@ def main():
     parallel = distribute(Objective(model, texts.dec, args.losses), world, unused)
     optimizer = make_optimizer(model, args.lr)
     # Precision: bf16 on a card that has it, fp16 with a scaler on one that has not; fp32 on a CPU
-    on_gpu = device.type == "cuda"
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(dict(model.named_parameters()), optimizer, scaler)
 
     for step in progress(run.start, args.steps, "stage 1"):
@@ -273,7 +272,7 @@ def main():
         # -- losses: a batch and its dropout are functions of (seed, step)
         seed, batch = batches.draw(step)
         torch.manual_seed(seed + rank)
-        with torch.autocast(device.type, half, enabled=on_gpu):
+        with autocast(device):
             losses, accuracy = parallel(batch, torch.Generator(device).manual_seed(seed))
             loss = sum(losses.values())
         scaler.scale(loss).backward()

@@ -58,6 +58,7 @@ from assets.plumbing.run import (
     load_weights,
     mean_over_processes,
     own_rows,
+    precision,
     process,
     progress,
     read_config,
@@ -90,9 +91,7 @@ class Examples:
             split: [task for task in dataset.tasks if task["split"] == split]
             for split in ("train", "valid", "test")
         }
-        self.users = np.array(
-            [u for u in dataset.eligible() if len(dataset.items_of(u, "train")) >= 2]
-        )
+        self.users = dataset.eligible(4)
         # Whose vector a user gets where CF is shuffled; in training one who has places to ask at
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
@@ -378,9 +377,7 @@ def main():
     parallel = distribute(model, world if args.steps else 1)
     optimizer = make_optimizer(model, args.lr)
     # Precision: bf16 on a card that has it, fp16 with a scaler on one that has not; fp32 on a CPU
-    on_gpu = device.type == "cuda"
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(model.saved_parameters(), optimizer, scaler)
     drawn = drawn_ahead(partial(draw_batches, examples, shares, args), run.start, args.steps)
     seen_targets = run.targets
@@ -405,7 +402,7 @@ def main():
         loss, losses = 0.0, {}
         for k, (kind, batch) in enumerate(zip(kinds, batches), 1):
             with averaging(parallel, k == len(batches)):
-                with model.autocast():  # of `half`, but for T5, which overflows fp16
+                with model.autocast():  # but for T5, which overflows fp16
                     total, nll = parallel(batch)
                 part = total * world / targets
                 scaler.scale(part).backward()

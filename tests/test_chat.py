@@ -173,7 +173,7 @@ def test_a_mixture_and_a_user_in_one_line_keep_their_vectors_apart(chat):
 def test_somebody_new_is_what_they_liked(chat, monkeypatch, capsys):
     """In the order in which it is said, and wherever {user} stands in the prompt."""
     read = []
-    monkeypatch.setattr(chat.model, "recommend", lambda prompts, taken: read.append(prompts[0]) or [[]])
+    monkeypatch.setattr("assets.extras.chat.best_items", lambda model, prompts, taken: read.append(prompts[0]) or [[]])
     chat.recommend(chat.resolve("{history:001,002} and {item:009}"))
     torch.testing.assert_close(read[0].cf, [as_read(chat.model, [[0, 1, 8]])[0]])
 

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 import ilm
 from assets.extras.hub import export
+from assets.fast.search import best_items
 from assets.plumbing.guard import CONTROL, InputError, Parser, a_seed, printable
 from assets.plumbing.names import numbered
 from assets.plumbing.run import pick_device
@@ -167,7 +168,7 @@ class Chat:
             prompt = self.model.prompt_ids(
                 template or self.template, user, had[-PROMPT_ITEMS:], cf=cf, guests=self.guests
             )
-            (found,) = self.model.recommend([prompt], [had])
+            (found,) = best_items(self.model, [prompt], [had])
         for place, (item, log_p) in enumerate(found, 1):
             print(f"{place:3}  {log_p:7.2f}  {self.name(item)}")
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from assets.fast.search import best_items
 from assets.plumbing.guard import InputError, reading
 from assets.plumbing.names import numbered
 from ilm import load_ilm
@@ -37,7 +38,7 @@ def recommend(model, users, batch_size, top):
             examples.ranking("sequential", u, items, template, cf)
             for u, items, cf in zip(chunk, had, examples.read_at(chunk, None))
         ]
-        for u, found in zip(chunk, model.recommend(prompts, had, top)):
+        for u, found in zip(chunk, best_items(model, prompts, had, top)):
             if not found:
                 print(f"note: {dataset.users[u]} has every item already", file=sys.stderr)
             for place, (i, log_p) in enumerate(found, 1):

@@ -138,7 +138,7 @@ def search(model, prompts, trie, beams=None, taken=None):
     return scores
 
 
-def best_items(model, prompts, taken, k):
+def best_items(model, prompts, taken, k=10):
     """The k best items after each prompt, best first: [[(item, log p), ...], ...]. taken: for each
     prompt the items to leave out."""
     mask = torch.zeros(len(prompts), model.num_items, dtype=torch.bool)

@@ -8,7 +8,7 @@ from assets.plumbing.guard import InputError, printable, write_file
 from assets.plumbing.run import check_fingerprint, commit, read_config
 
 
-def describe(run, config, args, device):
+def which_run(run, config, args, device):
     """The part of metrics.json that says which run it is, and how it is measured. "curve": the
     validations of log.jsonl. args: those of evaluate.py."""
     log = Path(run) / "log.jsonl"
