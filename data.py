@@ -97,8 +97,8 @@ class Dataset:
         return int(self.sequence[self.indptr[user + 1] - HIDDEN[split]])
 
     def eligible(self, least=3):
-        """Users with at least so many interactions: one to learn from, one to validate, one to test.
-        A training target needs another before it: 4."""
+        """Users with at least so many interactions: one to learn from, one to validate, one to
+        test. A training target needs one more before it."""
         return np.flatnonzero(np.diff(self.indptr) >= least)
 
     def users_at(self, users, split=None):
