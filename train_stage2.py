@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from assets.fast.packing import collate, index, item_ends, pack
+from assets.fast.packing import collate, index, item_ends, of_like_length, pack
 from assets.plumbing.enough import check_stage2
 from assets.plumbing.flags import (
     add_choice,
@@ -180,28 +180,32 @@ class Examples:
     def collate(self, rows):
         """Packed rows -> the batch that ILM.forward takes."""
         num_items, Q = self.model.num_items, self.model.Q
-        return index(collate(rows, num_items, Q), self.model.names_trie, num_items, Q)
+        batch = collate(rows, num_items, Q, self.model.llm.multiple)
+        return index(batch, self.model.names_trie, num_items, Q)
 
     # -- batches
 
     def batch(self, kind, size, rng):
+        return self.collate(self.rows(kind, size, rng))
+
+    def rows(self, kind, size, rng):
         """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times.
-        One template a batch (texts: a row), so that rows have like lengths. Every process draws the
+        One template for all (texts: a row), so that rows have like lengths. Every process draws the
         same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # the row's seed picks the instance
             pool = self.tasks["train"]
             instances = [pool[seed % len(pool)] for seed in seeds[own]]
-            return self.collate([self.pack([self.text(instance)]) for instance in instances])
+            return [self.pack([self.text(instance)]) for instance in instances]
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template, rows = templates[rng.integers(len(templates))], []
         for user, seed in zip(users[own], seeds[own]):
             rows.append(row(user, template, np.random.default_rng(seed)))
-        return self.collate(rows)
+        return rows
 
-    def held_out(self, split, limit, size):
+    def held_out(self, split, limit, tokens):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item
         of up to `limit` users."""
         rng, rows = np.random.default_rng(0), {}
@@ -215,14 +219,11 @@ class Examples:
         instances = [pool[i] for i in rng.permutation(len(pool))[: 2 * limit]]
         rows["text"] = [self.pack([self.text(instance)]) for instance in instances]
 
-        # Rows of like lengths together
-        batches = {}
-        for kind, some in rows.items():
-            some.sort(key=lambda row: len(row["ids"]))
-            parts = [some[k : k + size] for k in range(0, len(some), size)]
-            if parts:
-                batches[kind] = [self.collate(part) for part in parts]
-        return batches
+        return {
+            kind: [self.collate(part) for part in of_like_length(some, tokens)]
+            for kind, some in rows.items()
+            if some
+        }
 
 
 @torch.no_grad()
@@ -262,6 +263,7 @@ def parse_args(argv=None):
     model.add_argument("--llm", default="assets/toy_llm", help="folder or hub id [assets/toy_llm]")
     add_switch(model, "--train-llm", "train the LLM as well")
     add_switch(model, "--gradient-checkpointing", "less memory, a third more arithmetic in the LLM")
+    add_switch(model, "--compile", "for a GPU: faster layers of the LLM, after half a minute")
     names = "title, random, or a file of lines `id name`, as OpenP5's index files [title]"
     model.add_argument("--item-names", default="title", metavar="title|random|FILE", help=names)
     add_number(model, "--name-tokens", 0, "cut names to so many, keeping them unique; 0: whole", 0)
@@ -279,6 +281,8 @@ def parse_args(argv=None):
     training.add_argument("--mix", type=within(float, 0), help=shares, **three)
     add_number(training, "--text-fraction", 1.0, "share of training items with texts", 1e-6, 1)
     add_number(training, "--accumulate", 2, "micro-batches a step, each of one kind", 1)
+    tokens = "most tokens, with padding, that the LLM reads at once; a micro-batch is cut to it"
+    add_number(training, "--batch-tokens", 0, f"{tokens}; 0: 4,096 on a CPU, 20,000 on a GPU", 0)
     add_number(training, "--valid-users", 128, "users of each validation", 1)
 
     args = p.parse_args(argv)
@@ -338,6 +342,9 @@ def set_up_model(args, dataset, device):
         model.set_up()
     if args.gradient_checkpointing:
         model.llm.checkpoint_layers()
+    if args.compile:
+        model.llm.compile_layers()
+    args.batch_tokens = args.batch_tokens or (20_000 if device.type == "cuda" else 4_096)
     introduce(f"stage 2, {args.method} on {args.data} with {args.llm}", model, device)
     if not any(p.requires_grad for p in model.parameters()):
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
@@ -353,18 +360,23 @@ def set_up_data(args, examples):
     tasks = [t for t in examples.tasks["train"] if not left_out & {*t["items"]}]
     examples.tasks["train"] = tasks
     shares = np.array(args.mix) * [1, 1, bool(tasks)]
-    found = examples.held_out("valid", limit=args.valid_users, size=2 * args.batch_size)
+    found = examples.held_out("valid", args.valid_users, args.batch_tokens)
     held_out = {kind: found[kind] for kind, x in zip(KINDS, shares) if x and kind in found}
     check_stage2(args, shares, examples.users, held_out)
     return shares / shares.sum(), held_out
 
 
 def draw_batches(examples, shares, args, step):
-    """A step's seed for dropout, the kinds of its micro-batches, and the batches."""
+    """A step's seed for dropout, and its micro-batches, cut to what the LLM reads at once: [(kind,
+    batch), ...]."""
     rng = np.random.default_rng([args.seed, step])
     seed = int(rng.integers(2**62))
-    kinds = rng.choice(KINDS, size=args.accumulate, p=shares).tolist()
-    return seed, kinds, [examples.batch(kind, args.batch_size, rng) for kind in kinds]
+    batches = []
+    for kind in rng.choice(KINDS, size=args.accumulate, p=shares).tolist():
+        rows = examples.rows(kind, args.batch_size, rng)
+        parts = of_like_length(rows, args.batch_tokens)
+        batches += [(kind, examples.collate(part)) for part in parts]
+    return seed, batches
 
 
 def main():
@@ -396,19 +408,19 @@ def main():
         run.stop_if_asked(step, seen_targets)
 
         # -- losses: the mean over all target tokens of the step's micro-batches
-        seed, kinds, batches = next(drawn)
+        seed, batches = next(drawn)
         torch.manual_seed(seed + rank)
-        (targets,) = sum_over_processes(sum(len(batch["target_at"]) for batch in batches))
-        loss, losses = 0.0, {}
-        for k, (kind, batch) in enumerate(zip(kinds, batches), 1):
+        (targets,) = sum_over_processes(sum(len(batch["target_at"]) for _, batch in batches))
+        loss, nlls = 0.0, {}
+        for k, (kind, batch) in enumerate(batches, 1):
             with averaging(parallel, k == len(batches)):
                 with model.autocast():  # but for T5, which overflows fp16
                     total, nll = parallel(batch)
                 part = total * world / targets
                 scaler.scale(part).backward()
             loss += part.detach()
-            losses.setdefault(kind, []).append(nll.detach().mean())
-        losses = {kind: torch.stack(means).mean() for kind, means in losses.items()}
+            nlls.setdefault(kind, []).append(nll.detach())
+        losses = {kind: torch.cat(parts).mean() for kind, parts in nlls.items()}
         seen_targets += int(targets)
 
         # -- step

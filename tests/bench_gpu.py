@@ -79,6 +79,7 @@ def step(batch):
         total, _ = model(batch)
     total.backward()
     model.zero_grad(set_to_none=True)
+    return total
 
 
 def training(name, kind, rows):
@@ -93,11 +94,12 @@ def training(name, kind, rows):
         tokens += int(real.sum()) / 3
         pairs += int((packed_attention(batch)[:, 0] & real[:, :, None]).sum()) / 3
         targets += len(batch["target_at"]) / 3
+    loss = step(batches[1]).item() / len(batches[1]["target_at"])
     needed = 4 * weights * tokens + 12 * shape.hidden_size * shape.num_hidden_layers * pairs
     memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
     print(f"{name:9} {kind:15} {rows:3} rows {tokens:7,.0f} tokens {targets:6,.0f} targets | build {build * 1e3:6.1f} new {new * 1e3:7.1f} "
           f"seen {seen * 1e3:7.1f} ms | {tokens / (build + seen):9,.0f} tokens/s, alone {tokens / seen:9,.0f} "
-          f"| share {needed / seen / peak:.3f} | asks {asks(lambda: step(batches[1]))} | {memory:.1f} GiB", flush=True)
+          f"| share {needed / seen / peak:.3f} | loss {loss:.3f} | asks {asks(lambda: step(batches[1]))} | {memory:.1f} GiB", flush=True)
 
 
 @torch.no_grad()
@@ -124,8 +126,7 @@ for kind in ("sequential", "straightforward"):
 for users in args.users:
     ranking(users)
 if args.compile:
-    for layer in model.llm.base_model.layers:
-        layer.compile(dynamic=True)
-    for rows in args.rows:
+    model.llm.compile_layers()
+    for rows in args.rows[::-1]:
         training("compiled", "sequential", rows)
 print(f"{time.time() - began:.0f} s in all")

@@ -657,7 +657,7 @@ def test_test_items_influence_no_pair_history_prompt_or_target(planted):
         examples = train_stage2.Examples(build_ilm(train_stage2.make_config(args, dataset)[0], dataset, torch.device("cpu")), dataset)
         batches = [examples.batch(kind, 4, rng) for kind in ("sequential", "straightforward", "text")]
         histories = [dataset.items_of(u, "valid").tolist() for u in range(40)]
-        seen.append([pairs.ii(200, rng), pairs.ui(30, rng), batches, examples.held_out("valid", 20, 8), histories])
+        seen.append([pairs.ii(200, rng), pairs.ui(30, rng), batches, examples.held_out("valid", 20, 4_096), histories])
     flat = lambda x: x.tolist() if torch.is_tensor(x) else {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else \
         [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
     assert flat(seen[0]) == flat(seen[1])

@@ -11,6 +11,7 @@ import data
 import ilm
 import train_stage1
 import train_stage2
+from assets.fast.packing import of_like_length
 from ilm import START_TAU, load_ilm
 from train_stage2 import Examples, held_out_losses
 
@@ -62,7 +63,7 @@ def test_validation_loss_is_minus_log_p_of_the_next_item(make_ilm, task):
     """Nats a user, who are asked at their moment, against the definition; the history is not divided out."""
     model = make_ilm()
     examples = Examples(model, model.dataset)
-    losses = held_out_losses(model, examples.held_out("valid", 5, 2))
+    losses = held_out_losses(model, examples.held_out("valid", 5, 600))
     users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:5]]
     wanted = []
     for u in users:
@@ -79,9 +80,21 @@ def test_validation_loss_is_minus_log_p_of_the_next_item(make_ilm, task):
 def test_text_loss_of_validation_is_a_mean_over_tokens(make_ilm):
     model = make_ilm("mlp")
     examples = Examples(model, model.dataset)
-    batches = examples.held_out("valid", 5, 2)
+    batches = examples.held_out("valid", 5, 600)
     nll = torch.cat([model(dict(batch))[1].detach() for batch in batches["text"]])
     assert held_out_losses(model, batches)["text"] == pytest.approx(nll.mean().item(), abs=1e-5)
+
+
+def test_a_micro_batch_that_is_cut_has_the_same_loss_and_less_padding(make_ilm):
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    rows = sum((examples.rows(kind, 3, np.random.default_rng(0)) for kind in train_stage2.KINDS), [])
+    whole, parts = examples.collate(rows), [*of_like_length(rows, 500)]
+    cut = [examples.collate(part) for part in parts]
+    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
+    assert all(batch["ids"].numel() <= 500 or len(batch["ids"]) == 1 for batch in cut)
+    assert sum(batch["ids"].numel() for batch in cut) < whole["ids"].numel()
+    assert sum(model(batch)[0].item() for batch in cut) == pytest.approx(model(whole)[0].item(), rel=1e-5)
 
 
 # ---- Prompts of all prefixes of a window -----------------------------------------------------

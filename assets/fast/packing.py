@@ -87,11 +87,23 @@ def pack(examples, num_items=0, Q=1):
     return row
 
 
-def collate(rows, num_items=0, Q=1):
-    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1),
-    without labels. "cf" is the list of all rows' vectors, one row after the other."""
+def of_like_length(rows, tokens):
+    """Packed rows, the longest first, in lists of at most `tokens` tokens with their padding (or of
+    one row). A loss is a sum over rows: so cut, it is the same with less padding and memory."""
+    rows = sorted(rows, key=lambda row: -len(row["ids"]))
+    while rows:
+        count = max(1, tokens // len(rows[0]["ids"]))
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def collate(rows, num_items=0, Q=1, multiple=1):
+    """Pad packed rows on the right, to a multiple of `multiple` -> dict of (B, L) tensors; padding
+    is a branch of its own (-1), without labels. "cf" is the list of all rows' vectors, one row
+    after the other."""
     padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
-    shape = len(rows), max(len(row["ids"]) for row in rows)
+    longest = max(len(row["ids"]) for row in rows)
+    shape = len(rows), -(-longest // multiple) * multiple
     arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
     first, cf = SOFT_BASE + num_items * Q, []
     for r, row in enumerate(rows):

@@ -34,7 +34,7 @@ from assets.plumbing.guard import (
 
 BEGAN = time.time()
 # Flags that config.json leaves out, or has elsewhere
-LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every", "gradient_checkpointing")
+LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every", "gradient_checkpointing", "compile", "batch_tokens")
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
