@@ -180,8 +180,7 @@ class Examples:
     def collate(self, rows):
         """Packed rows -> the batch that ILM.forward takes."""
         num_items, Q = self.model.num_items, self.model.Q
-        batch = collate(rows, num_items, Q, self.model.llm.multiple)
-        return index(batch, self.model.names_trie, num_items, Q)
+        return index(collate(rows, num_items, Q), self.model.names_trie, num_items, Q)
 
     # -- batches
 

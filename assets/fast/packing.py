@@ -97,13 +97,11 @@ def of_like_length(rows, tokens):
         rows = rows[count:]
 
 
-def collate(rows, num_items=0, Q=1, multiple=1):
-    """Pad packed rows on the right, to a multiple of `multiple` -> dict of (B, L) tensors; padding
-    is a branch of its own (-1), without labels. "cf" is the list of all rows' vectors, one row
-    after the other."""
+def collate(rows, num_items=0, Q=1):
+    """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1),
+    without labels. "cf" is the list of all rows' vectors, one row after the other."""
     padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
-    longest = max(len(row["ids"]) for row in rows)
-    shape = len(rows), -(-longest // multiple) * multiple
+    shape = len(rows), max(len(row["ids"]) for row in rows)
     arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
     first, cf = SOFT_BASE + num_items * Q, []
     for r, row in enumerate(rows):

@@ -17,13 +17,11 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as hf_logging
 
 from assets.plumbing.guard import InputError
@@ -75,7 +73,6 @@ class LLM(nn.Module):
 
         takes = inspect.signature(base_of(network).forward).parameters
         self.cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in 5.24
-        self.multiple = 1  # rows of a batch are padded to a multiple of it
         network.requires_grad_(trained)
 
     def train(self, mode=True):
@@ -93,14 +90,7 @@ class LLM(nn.Module):
             layer.forward = partial(computed_again, layer.forward)
 
     def compile_layers(self):
-        """From now on what stands between a layer's matrix products is fused. Attention stays as it
-        is: of a length that is a multiple of 128, cuDNN's is the fastest for a mask of our own
-        (of other lengths it makes a plan for each, and NaN at some)."""
-        AttentionInterface.register("not_compiled", torch.compiler.disable(sdpa_attention_forward))
-        self.network.set_attn_implementation("not_compiled")
-        if self.network.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            self.multiple = 128
+        """From now on what stands between a layer's matrix products is fused, for all shapes."""
         for layer in self.layers():
             layer.compile(dynamic=True)
 
