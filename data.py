@@ -13,7 +13,7 @@ item-language model will translate into text space. The folder:
                     test, the last but one for validation
     cf.npz          item (I, E): implicit ALS on the training part. What interactions can tell; and
                     user_stats (2, E), user_gram (E, E), user (U, E) where --cf gave one
-    tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items", "users"}
+    tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no
                     training loss sees their texts (titles are ranked all the same; MovieLens's and
                     Beauty's texts begin with them)
@@ -365,7 +365,7 @@ def text_tasks(items, text_splits, templates, item_cf, seed, limit=5000):
                 if len(about) == filled.count("{item}") and all(map(facts.get, wanted)):
                     said = re.sub(r"\{(\w+)\}", lambda found: facts[found[1]], target)
                     row = {"task": task, "split": split, "prompt": filled, "target": said}
-                    tasks.append(row | {"items": about, "users": []})
+                    tasks.append(row | {"items": about})
     return tasks
 
 

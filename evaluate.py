@@ -20,7 +20,6 @@ better on validation. It is 1 for a model that is as good as MF, which says not 
 """
 
 import copy
-import hashlib
 import math
 import time
 from collections import Counter
@@ -34,9 +33,9 @@ from tqdm import tqdm
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
-from assets.plumbing.runs import find_runs, which_run, write_json
+from assets.plumbing.runs import find_runs, test_users, which_run, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
-from assets.toy_world import toy_oracle, toy_world
+from assets.toy_world import oracle
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from train_stage1 import TEXT_LOSSES, evaluate_texts
@@ -139,14 +138,6 @@ def mf_plus_popularity(dataset, users, split, weight):
     return mf_at_the_moment(dataset, users, split) + weight * dataset.purchases.log1p()
 
 
-def oracle(dataset, users, split):
-    """The toy world's Bayes-optimal recommender knows its laws, and of a user no more than we."""
-    world = toy_world(dataset.meta["world_seed"])
-    numbers = np.array([int(item["id"]) - 1 for item in dataset.items])  # the world's own, (I,)
-    histories = [numbers[dataset.items_of(u, split)] for u in users]
-    return toy_oracle(world, histories)[:, numbers]
-
-
 def evaluate_reference(score, dataset, users, split, keep_history):
     """ranking_metrics on users (U,) of a score function: users (B,), split -> (B, I)."""
     ranks = []
@@ -239,12 +230,6 @@ def evaluate_stage1(run, config, args, device):
 
 
 # ---- Stage 2: ranking ---------------------
-
-
-def test_users(dataset, limit):
-    """All eligible users, or a sample of them, fixed by a hash of their ids."""
-    hashes = [hashlib.sha256(name.encode()).digest() for name in dataset.users]
-    return np.sort(sorted(dataset.eligible(), key=hashes.__getitem__)[:limit])
 
 
 @torch.no_grad()
@@ -377,7 +362,7 @@ def evaluate_stage2(run, config, args, device):
     rank = partial(evaluate_ranking, users=users, args=args)
 
     # What the run was trained on, or what was asked for
-    shares = zip(KINDS, config.get("mix", (1, 1, 1)))
+    shares = zip(KINDS, config["mix"])
     tasks = args.tasks or [task for task, share in shares if share]
     out = {"rec": {}}
     for task in RANKING_TASKS:
@@ -429,9 +414,7 @@ def evaluate_run(run, args, device):
 
 
 def parse_args(argv=None):
-    from assets.extras.sasrec import sasrec_settings
-
-    return evaluate_flags(argv, __doc__, KINDS, sasrec_settings)
+    return evaluate_flags(argv, __doc__, KINDS)
 
 
 def main():

@@ -21,7 +21,7 @@ import torch.nn as nn
 from assets.fast.packing import SOFT_BASE, index_prompts, target_states
 from assets.fast.search import search
 from assets.plumbing.cf import training_moments
-from assets.plumbing.frames import CHAT_DATE, answer_ids, as_turns, fill, frame
+from assets.plumbing.frames import answer_ids, as_turns, fill, frame
 from assets.plumbing.guard import InputError, run_script
 from assets.plumbing.llm import load_llm
 from assets.plumbing.run import check_fingerprint, load_weights, read_config
@@ -165,17 +165,16 @@ class ILM(nn.Module):
         self.history = getattr(encoder, "history", 0)  # W
         self.history_cf = nn.functional.pad(dataset.item_cf, (0, 0, 0, 1))  # item I: none
         self.shuffled = False
-        if config.get("shuffle_cf"):
+        if config["shuffle_cf"]:
             self.shuffle_cf()
 
         # The parts, fitted to each other
         # Is what we compute what the LLM itself computes? Can its rows be packed?
         llm.check(torch.tensor([sum(self.name_ids[:4], [])[:16]]))
-        if config.get("full_vocabulary"):
+        if config["full_vocabulary"]:
             self.set_prior("none", "fixed")  # its loss knows no trie
         else:
-            # Runs older than the prior have neither
-            self.set_prior(config.get("prior", "none"), config.get("temperature", "fixed"))
+            self.set_prior(config["prior"], config["temperature"])
         if self.Q:
             mlp = isinstance(encoder, MLPEncoder)
             self.adapter = Loudness() if mlp else Adapter(self.Q, encoder.width, llm.width)
@@ -310,7 +309,7 @@ class ILM(nn.Module):
                     text += self.item_words(kind, mentioned, named) + SOFT * self.Q
                     entities.append(mentioned)
             texts.append(text)
-        framed, special = frame(texts, self.tokenizer, self.config.get("chat_date", CHAT_DATE))
+        framed, special = frame(texts, self.tokenizer, self.config["chat_date"])
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
         soft = [SOFT_BASE + entity * self.Q + q for entity in entities for q in range(self.Q)]
         assert ids.count(self.soft_id) == len(soft), "the tokenizer lost a soft token"
@@ -423,14 +422,9 @@ class ILM(nn.Module):
     # -- what is kept
 
     def saved_parameters(self):
-        """{name in a run directory: parameter}: of encoder and adapter, and the LLM's where it was
-        trained. Names are those of runs from before some parts became objects of their own."""
-        saved = {}
-        for name, parameter in self.named_parameters():
-            name = name.replace("llm.network.", "llm.").replace("adapter.gain", "soft_scale")
-            if self.llm.trained or not name.startswith("llm."):
-                saved[name] = parameter
-        return saved
+        """{name: parameter}: of encoder and adapter, and the LLM's where it was trained."""
+        named = self.named_parameters()
+        return {n: p for n, p in named if self.llm.trained or not n.startswith("llm.")}
 
     def save_pretrained(self, folder, **more):
         """Write a folder in the hub's format, without LLM and data."""

@@ -24,8 +24,6 @@ from transformers import AutoTokenizer
 from assets.fast.matching import ComputesLess
 from assets.plumbing.bert import read_bert, start_from
 from assets.plumbing.enough import check_stage1
-from assets.plumbing.flags import add_number, add_qformer_flags, add_run_flags, settled, shape_of
-from assets.plumbing.guard import Parser
 from assets.plumbing.run import (
     Gather,
     RunDirectory,
@@ -43,6 +41,7 @@ from assets.plumbing.run import (
     start_processes,
 )
 from assets.plumbing.texts import Texts, share_of
+from assets.plumbing.training_flags import shape_of, stage1_flags
 from data import load_dataset
 from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
 
@@ -208,14 +207,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_run_flags(p, "stage1", steps=200, batch_size=64, lr=1e-3, rows=2)  # contrast needs two
-    add_qformer_flags(p, num_queries=4, layers=2, width=128)
-    p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
-    p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
-    p.add_argument("--losses", nargs="+", default=[*LOSSES], choices=LOSSES, help="[all five]")
-    add_number(p, "--text-fraction", 1.0, "share of training items with texts", 1e-6, 1)
-    return settled(p.parse_args(argv), "stage1", validations=10)
+    return stage1_flags(argv, __doc__, LOSSES)
 
 
 def set_up_model(args, dataset, device):

@@ -33,18 +33,8 @@ from transformers import AutoTokenizer
 
 from assets.fast.packing import collate, index, item_ends, of_like_length, pack
 from assets.plumbing.enough import check_stage2
-from assets.plumbing.flags import (
-    add_choice,
-    add_number,
-    add_qformer_flags,
-    add_run_flags,
-    add_switch,
-    refuse_unused,
-    settled,
-    shape_of,
-    within,
-)
-from assets.plumbing.guard import InputError, Parser, reading
+from assets.plumbing.frames import CHAT_DATE
+from assets.plumbing.guard import InputError, reading
 from assets.plumbing.run import (
     RunDirectory,
     averaging,
@@ -68,8 +58,9 @@ from assets.plumbing.run import (
     sum_over_processes,
 )
 from assets.plumbing.texts import Texts, share_of
+from assets.plumbing.training_flags import shape_of, stage2_flags
 from data import PROMPT_ITEMS, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
-from ilm import CHAT_DATE, PRIORS, Prompt, build_ilm
+from ilm import PRIORS, Prompt, build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import clip_and_step, make_optimizer, set_learning_rate
 
@@ -86,7 +77,7 @@ class Examples:
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
-        self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
+        self.templates = ranking_templates(model.config["prompts"], dataset.meta["name"])
         self.tasks = {
             split: [task for task in dataset.tasks if task["split"] == split]
             for split in ("train", "valid", "test")
@@ -118,7 +109,7 @@ class Examples:
     def name(self, item):
         """The target of an item's name: its tokens, and the nodes of the trie they are chosen at,
         or, with --full-vocabulary, all its tokens alone."""
-        if self.model.config.get("full_vocabulary"):
+        if self.model.config["full_vocabulary"]:
             return (self.model.name_ids[item],)
         return self.model.names_trie.paths[item]
 
@@ -248,52 +239,9 @@ def held_out_losses(model, held_out):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_run_flags(p, "ilm", steps=160, batch_size=16, lr=2e-3, rows=1)
-    # Of ilm-rand and mlp; the shape of ilm is its stage-1 run's
-    shape = add_qformer_flags(p)
-    window = "W, items of a user's history read beside their vector [20; mlp: 0]"
-    shape.add_argument("--history", type=within(int, 0, 200), help=window)
-    shape.add_argument("--stage1", help="run of train_stage1.py for --method ilm [out/NAME/stage1]")
-    add_switch(shape, "--shuffle-cf", "a control: the CF vectors of other items and users")
-
-    model = p.add_argument_group("model")
-    add_choice(model, "--method", METHODS, "what stands for items and users")
-    model.add_argument("--llm", default="assets/toy_llm", help="folder or hub id [assets/toy_llm]")
-    add_switch(model, "--train-llm", "train the LLM as well")
-    add_switch(model, "--gradient-checkpointing", "less memory, a third more arithmetic in the LLM")
-    add_switch(model, "--compile", "for a GPU: faster layers of the LLM, after half a minute")
-    names = "title, random, or a file of lines `id name`, as OpenP5's index files [title]"
-    model.add_argument("--item-names", default="title", metavar="title|random|FILE", help=names)
-    add_number(model, "--name-tokens", 0, "cut names to so many, keeping them unique; 0: whole", 0)
-    histories = "histories of the soft methods"
-    add_choice(model, "--prompt-items", ("names+tokens", "tokens"), histories)
-    templates = "templates of the ranking tasks, also OpenP5's prompt file [prompts.txt]"
-    model.add_argument("--prompts", metavar="FILE", help=templates)
-    add_switch(model, "--full-vocabulary", "names compete with all tokens")
-    add_choice(model, "--prior", PRIORS, "added in the trie to the LLM's opinion of names")
-    add_choice(model, "--temperature", ("learned", "fixed"), "how loud the LLM is there; fixed: 1")
-
-    training = p.add_argument_group("objective")
-    shares = "share of batches of each kind (a step's loss is a mean over tokens) [.3 .5 .2]"
-    three = {"nargs": 3, "metavar": ("SEQ", "STR", "TEXT"), "default": [0.3, 0.5, 0.2]}
-    training.add_argument("--mix", type=within(float, 0), help=shares, **three)
-    add_number(training, "--text-fraction", 1.0, "share of training items with texts", 1e-6, 1)
-    add_number(training, "--accumulate", 2, "micro-batches a step, each of one kind", 1)
-    tokens = "most tokens, with padding, that the LLM reads at once; a micro-batch is cut to it"
-    add_number(training, "--batch-tokens", 0, f"{tokens}; 0: 4,096 on a CPU, 20,000 on a GPU", 0)
-    add_number(training, "--valid-users", 128, "users of each validation", 1)
-
-    args = p.parse_args(argv)
-    refuse_unused(args)
-    if args.history is None:  # an MLP reads the vector alone, as CoLLM's: with more it overfits
-        args.history = 0 if args.method == "mlp" else 20
-    if args.method == "ilm":
-        args.stage1 = args.stage1 or f"out/{Path(args.data).name}/stage1"
-    if not sum(args.mix):
-        raise InputError("--mix: the shares must not all be 0")
+    args = stage2_flags(argv, __doc__, METHODS, PRIORS)
     load_prompts(args.prompts)  # a mistake in it is said before the LLM is loaded
-    return settled(args, args.method, validations=6)
+    return args
 
 
 def load_stage1(run, dataset, device):

@@ -229,3 +229,12 @@ def toy_oracle(world, histories, drift=TOY_DRIFT):
         context[active] = follow[item] * unwatched[active]
 
     return (belief / (context @ taste_of_item)) @ taste * context
+
+
+def oracle(dataset, users, split):
+    """A reference of evaluate.py: the toy world's Bayes-optimal recommender knows its laws, and of
+    a user no more than we. users (B,) -> scores (B, I)."""
+    world = toy_world(dataset.meta["world_seed"])
+    numbers = np.array([int(item["id"]) - 1 for item in dataset.items])  # the world's own, (I,)
+    histories = [numbers[dataset.items_of(u, split)] for u in users]
+    return toy_oracle(world, histories)[:, numbers]

@@ -7,9 +7,10 @@ from assets.plumbing.guard import InputError, Parser, a_seed, within
 RECOMMEND = "run data recommend new top batch_size device seed".split()
 
 
-def evaluate_flags(argv, doc, tasks, sasrec_settings):
-    """Arguments (None: the command line's) -> a namespace. tasks: what --tasks may name;
-    sasrec_settings: a type for argparse."""
+def evaluate_flags(argv, doc, tasks):
+    """Arguments (None: the command line's) -> a namespace. tasks: what --tasks may name."""
+    from assets.extras.sasrec import sasrec_settings
+
     p = Parser(description=doc.split("\n")[0])
     p.add_argument(
         "--run",

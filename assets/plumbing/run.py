@@ -34,7 +34,17 @@ from assets.plumbing.guard import (
 
 BEGAN = time.time()
 # Flags that config.json leaves out, or has elsewhere
-LOCAL_ARGS = ("out", "resume", "device", "layers", "width", "eval_every", "gradient_checkpointing", "compile", "batch_tokens")
+LOCAL_ARGS = (
+    "out",
+    "resume",
+    "device",
+    "layers",
+    "width",
+    "eval_every",
+    "gradient_checkpointing",
+    "compile",
+    "batch_tokens",
+)
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
@@ -106,18 +116,11 @@ def load_weights(parameters, path):
             parameters[name].copy_(tensor)
 
 
-REQUIRED_KEYS = {
-    "stage1": {"losses", "text_fraction"},
-    "stage2": {
-        "llm",
-        "method",
-        "num_queries",
-        "train_llm",
-        "item_names",
-        "name_tokens",
-        "prompt_items",
-    },
-}
+STAGE2_KEYS = (
+    "llm method num_queries train_llm item_names name_tokens prompt_items prompts full_vocabulary "
+    "prior temperature shuffle_cf chat_date mix"
+)
+REQUIRED_KEYS = {"stage1": {"losses", "text_fraction"}, "stage2": {*STAGE2_KEYS.split()}}
 
 
 def read_config(run, kind=None):

@@ -1,8 +1,11 @@
 """Finding run directories, and what is known of a run without loading it."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from assets.plumbing.guard import InputError, printable, write_file
 from assets.plumbing.run import check_fingerprint, commit, read_config
@@ -68,3 +71,9 @@ def find_runs(named, data, load_dataset):
 def write_json(path, found):
     """In place of what stands there, whole or not at all."""
     write_file(Path(path), lambda f: f.write_text(json.dumps(found)))
+
+
+def test_users(dataset, limit):
+    """All eligible users, or a sample of them, fixed by a hash of their ids."""
+    hashes = [hashlib.sha256(name.encode()).digest() for name in dataset.users]
+    return np.sort(sorted(dataset.eligible(), key=hashes.__getitem__)[:limit])
