@@ -81,7 +81,7 @@ def standard_error(values):
 
 def ranking_metrics(ranks):
     """Ranks (U,) from 1 -> {name in METRICS: mean over users, "users", "se": {name: its standard
-    error}, "ranks"}. All else can be made again from the ranks (assets/extras/tables.py)."""
+    error}, "ranks"}. All else can be made again from the ranks."""
     ranks = np.asarray(ranks)
     means, errors = {}, {}
     for name, (metric, k) in METRICS.items():

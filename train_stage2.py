@@ -77,7 +77,7 @@ class Examples:
 
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
-        self.templates = ranking_templates(model.config["prompts"], dataset.meta["name"])
+        self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
         self.tasks = {
             split: [task for task in dataset.tasks if task["split"] == split]
             for split in ("train", "valid", "test")

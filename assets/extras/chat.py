@@ -51,7 +51,7 @@ class Chat:
         )  # training showed single questions: an LLM that never chatted gets confused
         items, users = numbered(item["id"] for item in self.items), numbered(model.dataset.users)
         self.known = {"item": items, "user": users}
-        lines = load_prompts(model.config["prompts"])
+        lines = load_prompts(model.config.get("prompts"))
         self.template = next(t[2] for t in lines if t[:2] == ("sequential", "seen")).replace(
             "{dataset}", model.dataset.meta["name"]
         )

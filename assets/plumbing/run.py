@@ -117,7 +117,7 @@ def load_weights(parameters, path):
 
 
 STAGE2_KEYS = (
-    "llm method num_queries train_llm item_names name_tokens prompt_items prompts full_vocabulary "
+    "llm method num_queries train_llm item_names name_tokens prompt_items full_vocabulary "
     "prior temperature shuffle_cf chat_date mix"
 )
 REQUIRED_KEYS = {"stage1": {"losses", "text_fraction"}, "stage2": {*STAGE2_KEYS.split()}}
