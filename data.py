@@ -11,12 +11,12 @@ item-language model will translate into text space. The folder:
     users.txt       line u is the original id of user u
     sequences.npz   indptr (U+1,), items (nnz,): every user's items in time order. The last is for
                     test, the last but one for validation
-    cf.npz          item (I, E): implicit ALS on the training part. What interactions can tell; and
-                    user_stats (2, E), user_gram (E, E), user (U, E) where --cf gave one
-    tasks.jsonl     text tasks: {"task", "split", "prompt", "target", "items"}
+    cf.npz          item (I, E), raw: implicit ALS on the training part. What interactions can tell;
+                    and user_stats (2, E), user_gram (E, E), user (U, E) where --cf gave one
+    tasks.jsonl     instances of text tasks: {"task", "split", "prompt", "target", "items"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no
-                    training loss sees their texts (titles are ranked all the same; MovieLens's and
-                    Beauty's texts begin with them)
+                    training loss sees their texts. Their titles are ranked all the same, and a text
+                    of MovieLens or Beauty begins with the title: that part is seen
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment*. That,
 and ALS, stand in assets/plumbing/cf.py, to be read beside this file.
@@ -51,7 +51,6 @@ from assets.toy_world import toy_files
 
 RANKING_TASKS = ("sequential", "straightforward")
 PROMPT_ITEMS = 20  # OpenP5: histories are cut to the last 20 items
-SOFT = "<|soft|>"  # one soft token in prompt text; its id never reaches the LLM's embedding table
 # Last items of a user that are hidden. train and valid see the same; valid asks for what follows
 HIDDEN = {"train": 2, "valid": 2, "test": 1, None: 0}
 
@@ -78,17 +77,16 @@ class Dataset:
     purchases: torch.Tensor  # (I,) how often each was chosen in the training part
     item_cf: torch.Tensor  # (I, E) standardised
     raw_cf: torch.Tensor  # (I, E) raw
-    # (U, E) raw users of another engine (--cf), who stand at every moment; None: ours
-    user_cf: torch.Tensor | None
+    # (U, E) users of another engine (--cf), the same at every moment; None: ours
+    raw_user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
     # (E, E) X'X of all users as ALS (or --cf) has them: new items are folded in with it
     user_gram: torch.Tensor
     solver: UserSolver  # from histories to raw users
-    tasks: list  # dicts, see tasks.jsonl
+    instances: list  # dicts, see tasks.jsonl
 
     def items_of(self, user, split=None):
-        """Item indices of one user in time order, without what `split` hides. (ALS sees all items
-        of users with fewer than 3: cf.training_part.)"""
+        """Item indices of one user in time order, without what `split` hides."""
         begin, end = self.indptr[user], self.indptr[user + 1] - HIDDEN[split]
         return self.sequence[begin : max(begin, end)]
 
@@ -105,21 +103,22 @@ class Dataset:
         """Raw vectors (B, E) of users when the target of `split` is asked for. None: now."""
         users = np.asarray(users, dtype=np.int64)
         vectors = self.solver.of_histories([self.items_of(u, split) for u in users])
-        if self.user_cf is not None:
-            known = users < len(self.user_cf)  # who came later is folded in
-            vectors[known] = self.user_cf[users[known]]
+        if self.raw_user_cf is not None:
+            known = users < len(self.raw_user_cf)  # who came later is folded in
+            vectors[known] = self.raw_user_cf[users[known]]
         return vectors
 
     def user_before(self, user, places):
         """One user's raw vectors (n, E), each just before the item at one of the places (n,) of
         their history, which is the target.
 
-        No vector is folded in from its target, but from what came before, or, where order does not
-        matter (recency 1), from all *other* training items, since short pasts make poor vectors.
-        DEVIATION: the paper gives a user one vector, fitted to all training items.
+        A vector never knows its target. It is folded in (solved, item vectors fixed) from what came
+        before, or, where order does not matter (recency 1), from all *other* training items, later
+        ones too, since short pasts make poor vectors. DEVIATION: the paper gives a user one vector,
+        fitted to all training items.
         """
-        if self.user_cf is not None and user < len(self.user_cf):
-            return self.user_cf[int(user)].repeat(len(places), 1)
+        if self.raw_user_cf is not None and user < len(self.raw_user_cf):
+            return self.raw_user_cf[int(user)].repeat(len(places), 1)
         history = self.items_of(user, "train")
         if self.solver.recency < 1:
             return self.solver.before(history, places)
@@ -127,7 +126,7 @@ class Dataset:
 
     def users_before(self, users, places):
         """user_before of many users (n,), one place each -> (n, E)."""
-        if self.user_cf is None:
+        if self.raw_user_cf is None:
             return self.solver.moments([self.items_of(u, "train") for u in users], places)
         vectors = [self.user_before(u, [place]) for u, place in zip(users, places)]
         return torch.cat([self.raw_cf[:0], *vectors])
@@ -166,11 +165,11 @@ def load_dataset(path):
             purchases=torch.from_numpy(trained_on).bincount(minlength=len(cf["item"])).float(),
             item_cf=standardise(cf["item"]),
             raw_cf=cf["item"],
-            user_cf=cf.get("user"),
+            raw_user_cf=cf.get("user"),
             user_stats=cf["user_stats"],
             user_gram=cf["user_gram"],
             solver=UserSolver(cf["item"], CFSettings(**meta["cf"]["settings"])),
-            tasks=contents["tasks.jsonl"],
+            instances=contents["tasks.jsonl"],
         )
 
 
@@ -193,7 +192,8 @@ def k_core(users, items, min_count):
 
 def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
     """k-core, a sample of users, time order -> original ids of users and items, and all sequences:
-    indptr (U+1,), item indices (nnz,). Equal times keep the order of the file."""
+    indptr (U+1,), item indices (nnz,). Equal times keep the order of the file. Of a sample, items
+    may have fewer than min_count."""
     user_ids, users = np.unique(users, return_inverse=True)
     item_ids, items = np.unique(items, return_inverse=True)
 
@@ -228,38 +228,28 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
 def find_cf(user_ids, item_ids, indptr, sequence, file, fixed, seed):
     """-> what cf.npz holds, {name: tensor}, and what meta.json says of it. file: --cf, vectors of
     another engine; fixed: {name: setting or None}, those that are not to be chosen."""
-    user_cf, item_cf = load_cf(file, user_ids, item_ids) if file else (None, None)
+    raw_user_cf, raw_cf = load_cf(file, user_ids, item_ids) if file else (None, None)
 
     # Chosen on validation; another engine's users need no settings
     settings, measured = None, {}
-    if user_cf is None:
-        settings, measured = choose_cf(indptr, sequence, len(item_ids), fixed, seed, item_cf)
+    if raw_user_cf is None:
+        settings, measured = choose_cf(indptr, sequence, len(item_ids), fixed, seed, raw_cf)
     elif any(fixed.values()):
         raise InputError(
             f"--cf {file} has users as well, who stand as they are: --recency, --reg and --a0 do "
             "nothing then; leave them out"
         )
-    if item_cf is None:
+    if raw_cf is None:
         pairs = training_pairs(indptr, sequence)
-        item_cf = train_cf(*pairs, len(user_ids), len(item_ids), settings, seed=seed)
-    settings = settings or CFSettings(dim=item_cf.shape[1])
+        raw_cf = train_cf(*pairs, len(user_ids), len(item_ids), settings, seed=seed)
+    settings = settings or CFSettings(dim=raw_cf.shape[1])
 
-    solver = UserSolver(item_cf, settings)
-    vectors = {"item": item_cf, **users_together(solver, indptr, sequence, user_cf)}
+    solver = UserSolver(raw_cf, settings)
+    vectors = {"item": raw_cf, **users_together(solver, indptr, sequence, raw_user_cf)}
     return vectors, {"algorithm": file or "implicit ALS", "settings": asdict(settings), **measured}
 
 
-# ---- Names and prompts --------------------
-
-
-def item_names(dataset, tokenizer, style="title", max_tokens=0):
-    """The string by which each item is named: its title (cut to max_tokens; no two alike), a random
-    number from 1001 (OpenP5's random indexing), or what an index file of OpenP5's says."""
-    if style == "title":
-        return names.distinct_titles(dataset.items, tokenizer, max_tokens, SOFT)
-    if style == "random":
-        return names.random_names(dataset.meta["items"], len(dataset.items))
-    return names.index_file_names(style, dataset.items)
+# ---- Prompts ------------------------------
 
 
 def load_prompts(path=None):
@@ -292,6 +282,7 @@ def ranking_templates(path, name):
 
 
 # ---- Text tasks ---------------------------
+# Two splits: of a user's sequence (HIDDEN), and of items by their texts (item_split)
 
 
 def item_split(name, item_id):
@@ -333,40 +324,42 @@ def nearest(unit, pool, item):
     return others[(unit[others] @ unit[item]).argsort()[-1:]].tolist()
 
 
-def text_tasks(items, text_splits, templates, item_cf, seed, limit=5000):
-    """Fill each text template for every item (of `limit` a split) that has what its target names.
+def text_tasks(items, text_splits, templates, raw_cf, seed, limit=5000):
+    """An instance of each text template for every item (of `limit` a split) that has what its
+    target names.
 
     A second {item} is any other of the same split, {neighbour} the one whose CF vector has the
-    highest cosine (item_cf None: no such tasks). A prompt never holds a title, only soft tokens.
+    highest cosine (raw_cf None: no such tasks). The prompt keeps {item}, for which prompt_ids puts
+    soft tokens, never a title.
     """
     # Of each split, the items to ask about, and the neighbour of each
     rng = np.random.default_rng([seed, 24])
-    unit = None if item_cf is None else F.normalize(item_cf).numpy()
+    unit = None if raw_cf is None else F.normalize(raw_cf).numpy()
     pools, neighbour = {}, {}
     for split in ("train", "valid", "test"):
         pool = [i for i, s in enumerate(text_splits) if s == split and items[i]["text"]]
         pools[split] = np.sort(rng.permutation(np.array(pool, dtype=int))[:limit])
-        if item_cf is not None:
+        if raw_cf is not None:
             neighbour |= nearest_of_each(unit, pools[split], nearest)
 
     # Every template for every item
-    tasks = []
+    instances = []
     for task, _, prompt, target in (t for t in templates if t[0] not in RANKING_TASKS):
         wanted = re.findall(r"\{(\w+)\}", target)
-        filled = prompt.replace("{neighbour}", "{item}")
+        asked = prompt.replace("{neighbour}", "{item}")
         for split, pool in pools.items():
             for i in pool.tolist():
                 about = [i]
                 if "{neighbour}" in prompt:
                     about += neighbour.get(i, [])
-                elif filled.count("{item}") == 2:
+                elif asked.count("{item}") == 2:
                     about += rng.permutation(pool[pool != i])[:1].tolist()
                 facts = facts_of(*(items[k] for k in about))
-                if len(about) == filled.count("{item}") and all(map(facts.get, wanted)):
+                if len(about) == asked.count("{item}") and all(map(facts.get, wanted)):
                     said = re.sub(r"\{(\w+)\}", lambda found: facts[found[1]], target)
-                    row = {"task": task, "split": split, "prompt": filled, "target": said}
-                    tasks.append(row | {"items": about})
-    return tasks
+                    row = {"task": task, "split": split, "prompt": asked, "target": said}
+                    instances.append(row | {"items": about})
+    return instances
 
 
 # ---- All of it ----------------------------
@@ -412,7 +405,7 @@ def prepare(
     # CF vectors, and tasks for the LLM
     fixed = {"dim": cf_dim, "recency": recency, "reg": reg, "a0": a0}
     vectors, said_of_cf = find_cf(user_ids, item_ids, indptr, sequence, cf, fixed, seed)
-    tasks = text_tasks(catalogue, text_splits, load_prompts(), vectors["item"], seed)
+    instances = text_tasks(catalogue, text_splits, load_prompts(), vectors["item"], seed)
 
     # The folder
     held_out = {s: np.flatnonzero(np.array(text_splits) == s).tolist() for s in ("valid", "test")}
@@ -423,14 +416,14 @@ def prepare(
     meta |= {"renamed_titles": renamed, "cf": said_of_cf, "held_out": held_out}
     contents = {
         "items.jsonl": catalogue,
-        "tasks.jsonl": tasks,
+        "tasks.jsonl": instances,
         "users.txt": user_ids,
         "sequences.npz": {"indptr": indptr, "items": sequence.astype(np.int32)},
         "cf.npz": {name: x.numpy() for name, x in vectors.items()},
     }
     write_folder(out, meta, contents)
     short = f"{short_users} users have fewer than 3 interactions (CF alone)"
-    print(f"wrote {out}: {len(tasks):,} text-task instances; {short}")
+    print(f"wrote {out}: {len(instances):,} text-task instances; {short}")
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ import copy
 import math
 import time
 from collections import Counter
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,12 @@ from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
 from assets.plumbing.runs import find_runs, test_users, which_run, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
-from assets.toy_world import oracle
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
 from train_stage1 import TEXT_LOSSES, evaluate_texts
 from train_stage2 import KINDS, Examples, load_stage1
 
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
-AT_THE_MOMENT, PLUS_POPULARITY = "mf, at the moment", "mf, at the moment + popularity"
 
 
 def batches(rows, size):
@@ -110,32 +108,7 @@ def targets_and_taken(dataset, users, split, keep_history):
     return targets, taken
 
 
-# ---- References: recommenders that need no LLM ----
-# Each is a function (dataset, users (B,), split) -> scores (B, I), fitted on the training part.
-
-
-def popularity(dataset, users, split):
-    """How often each item was chosen."""
-    return dataset.purchases.expand(len(users), -1)
-
-
-def mf_at_the_moment(dataset, users, split):
-    """Matrix factorisation: the dot product of the vectors that, standardised, encoders read."""
-    return dataset.users_at(users, split) @ dataset.raw_cf.T
-
-
-def mf(dataset, users, split):
-    """The user folded in from the whole history, all items alike. E and ridge are those that were
-    chosen for users at a moment."""
-    if dataset.user_cf is not None:  # another engine's users stand at every moment
-        return mf_at_the_moment(dataset, users, split)
-    histories = [dataset.items_of(u, split) for u in users]
-    return dataset.solver.still().of_histories(histories) @ dataset.raw_cf.T
-
-
-def mf_plus_popularity(dataset, users, split, weight):
-    """MF at the moment + weight * log(1 + purchases)."""
-    return mf_at_the_moment(dataset, users, split) + weight * dataset.purchases.log1p()
+# ---- References: recommenders that need no LLM (assets/extras/references.py) ----
 
 
 def evaluate_reference(score, dataset, users, split, keep_history):
@@ -154,42 +127,10 @@ def evaluate_on_validation(score, dataset, keep_history):
     return evaluate_reference(score, dataset, np.sort(users), "valid", keep_history)
 
 
-@lru_cache(1)
-def popularity_weight(dataset, weights=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
-    """How much of log(1 + purchases) helps MF at the moment: by NDCG@10 on validation."""
-    found = []
-    for weight in weights:
-        score = partial(mf_plus_popularity, dataset, weight=weight)
-        found.append(evaluate_on_validation(score, dataset, False)["NDCG@10"])
-    return weights[int(np.argmax(found))]
-
-
-def reference_scores(dataset):
-    """{name: score function, users (B,), split -> (B, I)} of what this data set can have."""
-    from assets.extras.neighbours import item_knn
-
-    found = {"popularity": popularity, "item-knn": item_knn, "mf": mf}
-    if dataset.user_cf is None:
-        if dataset.solver.recency < 1:  # else it is mf
-            found[AT_THE_MOMENT] = mf_at_the_moment
-        found[PLUS_POPULARITY] = partial(mf_plus_popularity, weight=popularity_weight(dataset))
-    if dataset.meta["dataset"] == "toy":
-        found["oracle"] = oracle
-    return {name: partial(score, dataset) for name, score in found.items()}
-
-
-def yardstick(dataset):
-    """What retention is measured against: the form of MF at the moment that is better on
-    validation."""
-    if dataset.user_cf is not None:
-        return "mf"
-    # With recency 1 there is no row AT_THE_MOMENT
-    better = popularity_weight(dataset) > 0 or dataset.solver.recency == 1
-    return PLUS_POPULARITY if better else AT_THE_MOMENT
-
-
 def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
     """{name: ranking_metrics} of all references. sasrec: SASRec's settings, a dict; None: none."""
+    from assets.extras.references import reference_scores
+
     found = {}
     for name, score in reference_scores(dataset).items():
         found[name] = evaluate_reference(score, dataset, users, split, keep_history)
@@ -254,7 +195,7 @@ def evaluate_ranking(examples, task, wording, users, args):
 
 def text_instances(examples, split, limit):
     """{task: at most `limit` of its instances, by length, so that a batch has little padding}."""
-    pool = examples.tasks[split]
+    pool = examples.instances[split]
     found = {}
     for task in sorted({t["task"] for t in pool}):
         instances = [t for t in pool if t["task"] == task]
@@ -286,7 +227,7 @@ def log_perplexity(examples, instances):
                 tokens[key] += count
 
     mean = {key: nats[key] / tokens[key] for key in nats}
-    per_item = {name: round(mean[of, name], 4) for of, name in sorted(mean) if of == "item"}
+    per_item = {item: round(mean[of, item], 4) for of, item in sorted(mean) if of == "item"}
     return {
         "log_ppl": mean["in all", 0],
         "per_task": {task: mean["task", task] for task in instances},
@@ -340,8 +281,8 @@ def evaluate_text(examples, args):
 
 
 def controls(model):
-    """Yield (name, examples of a model without the signal): was it used? The model is a copy; the
-    frozen LLM and the data are shared."""
+    """Yield (name, Examples of a model whose soft tokens lack the signal): what does not fall there
+    did not come from them. The model is a copy; the frozen LLM and the data are shared."""
     shared = {id(part): part for part in (model.llm, model.tokenizer, model.dataset)}
     for name in CONTROLS:
         control = copy.deepcopy(model, dict(shared))
@@ -359,19 +300,19 @@ def evaluate_stage2(run, config, args, device):
     model = load_ilm(run, device, config["data"])
     dataset, examples = model.dataset, Examples(model, model.dataset)
     users = test_users(dataset, args.max_users)
-    rank = partial(evaluate_ranking, users=users, args=args)
+    evaluate = partial(evaluate_ranking, users=users, args=args)
 
     # What the run was trained on, or what was asked for
     shares = zip(KINDS, config["mix"])
-    tasks = args.tasks or [task for task, share in shares if share]
+    kinds = args.tasks or [kind for kind, share in shares if share]
     out = {"rec": {}}
     for task in RANKING_TASKS:
-        if task in tasks and len(users):
+        if task in kinds and len(users):
             out["rec"][task] = {
-                "seen": rank(examples, task, "seen"),
-                "unseen": rank(examples, task, "unseen"),
+                "seen": evaluate(examples, task, "seen"),
+                "unseen": evaluate(examples, task, "unseen"),
             }
-    if "text" in tasks and examples.tasks[args.split]:
+    if "text" in kinds and examples.instances[args.split]:
         out["text"] = evaluate_text(examples, args)
 
     # What simpler things are worth
@@ -385,7 +326,7 @@ def evaluate_stage2(run, config, args, device):
     if args.controls and model.Q:
         if "sequential" in out["rec"]:
             out["controls"] = {
-                name: rank(control, "sequential", "seen") for name, control in controls(model)
+                name: evaluate(control, "sequential", "seen") for name, control in controls(model)
             }
         if "text" in out:
             out["text_controls"] = {
@@ -394,6 +335,8 @@ def evaluate_stage2(run, config, args, device):
 
     # Retention
     if "sequential" in out["rec"]:
+        from assets.extras.references import yardstick
+
         out["yardstick"] = yardstick(dataset)
         reference = out["references"][out["yardstick"]]["HR@10"]
         out["retention"] = out["rec"]["sequential"]["seen"]["HR@10"] / max(1e-9, reference)

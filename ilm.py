@@ -10,7 +10,9 @@
 
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. The LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder (assets/plumbing/llm.py). The names' trie is in
-assets/plumbing/trie.py. What is only faster, packed rows and the search, is in assets/fast/."""
+assets/plumbing/trie.py. Packed rows and the search, which are only faster, are in assets/fast/;
+Prompt, soft_index and index of assets/fast/packing.py say what a batch holds: read them before
+`embed`."""
 
 from pathlib import Path
 
@@ -18,15 +20,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from assets.fast.packing import SOFT_BASE, index_prompts, target_states
+from assets.fast.packing import SOFT_BASE, Prompt, index_prompts, target_states
 from assets.fast.search import search
 from assets.plumbing.cf import training_moments
 from assets.plumbing.frames import answer_ids, as_turns, fill, frame
 from assets.plumbing.guard import InputError, run_script
 from assets.plumbing.llm import load_llm
+from assets.plumbing.names import SOFT, item_names
 from assets.plumbing.run import check_fingerprint, load_weights, read_config
 from assets.plumbing.trie import Trie, index_targets, segment_logsumexp
-from data import SOFT, item_names, load_dataset
+from data import load_dataset
 from qformer import QFormer, QFormerConfig
 
 # How loudly the frozen LLM is heard among a trie's children at first, where it is learned (else 1).
@@ -42,12 +45,12 @@ class MLPEncoder(nn.Module):
     """CoLLM's baseline, (N, E') -> (N, Q, hidden): two layers, which no text ever shaped. W is 0 by
     default: with the last items behind the vector it overfits."""
 
-    def __init__(self, cf_dim, num_queries, hidden, history=0):
+    def __init__(self, cf_dim, num_queries, llm_width, history=0):
         super().__init__()
         read, middle = cf_dim * (1 + history), 10 * cf_dim  # E', 10 E
-        layers = nn.Linear(read, middle), nn.ReLU(), nn.Linear(middle, num_queries * hidden)
+        layers = nn.Linear(read, middle), nn.ReLU(), nn.Linear(middle, num_queries * llm_width)
         self.net = nn.Sequential(*layers)
-        self.num_queries, self.width, self.history = num_queries, hidden, history
+        self.num_queries, self.width, self.W = num_queries, llm_width, history
 
     def encode(self, cf):
         return self.net(cf).view(len(cf), self.num_queries, -1)
@@ -66,15 +69,16 @@ class Loudness(nn.Module):
 
     @torch.no_grad()
     def fit(self, states, probe, loudness):
-        """From now on states like probe (N, Q, D) come out with a root mean square of loudness."""
+        """From now on states like probe (N, Q, D, or hidden) come out with a root mean square of
+        loudness. states: for an Adapter."""
         self.gain.fill_(1)
         self.gain.fill_(loudness / self(probe).pow(2).mean().sqrt())
 
 
 class Adapter(Loudness):
     """States of a Q-Former's queries (N, Q, D) -> soft tokens (N, Q, hidden): a whitening, fixed,
-    then a linear map. DEVIATION: BLIP-2's map is the same for all queries; here each has its own,
-    as each soft token of the MLP has: one map would give all of them the same D dimensions."""
+    a linear map, then the gain. DEVIATION: BLIP-2's map is the same for all queries; here each has
+    its own, as each soft token of the MLP has: one map would give all the same D dimensions."""
 
     def __init__(self, num_queries, width, hidden):
         super().__init__()
@@ -113,28 +117,11 @@ def make_encoder(config, cf_dim, hidden):
     METHODS of train_stage2.py."""
     if config["method"] == "text":
         return None
-    if config["method"] == "mlp":
-        history = config["qformer"].get("history", 0)
-        return MLPEncoder(cf_dim, config["num_queries"], hidden, history)
+    if config["method"] == "mlp":  # of "qformer", which every run has, it takes W alone
+        return MLPEncoder(cf_dim, config["num_queries"], hidden, config["qformer"]["history"])
     encoder = QFormer(QFormerConfig(**config["qformer"]))
     encoder.freeze_all_but_encode()
     return encoder
-
-
-# ---- From a template to token ids ---------
-
-
-class Prompt(list):
-    """Token ids, and the vectors of those that are mentioned beside the catalogue: (E',) of a user,
-    (E,) of a mixture of items.
-
-    A soft token's id is above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
-    entity. Entity i < I is item i, entity I + n is cf[n]: a user at a moment, a mixture of items.
-    So a user is nothing that the model knows: their vector travels along."""
-
-    def __init__(self, ids=(), cf=()):
-        super().__init__(ids)
-        self.cf = list(cf)
 
 
 # ---- The model ----------------------------
@@ -162,13 +149,12 @@ class ILM(nn.Module):
 
         # Vectors; those of histories stay on the CPU, since users' vectors travel with the batch
         self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
-        self.history = getattr(encoder, "history", 0)  # W
+        self.W = getattr(encoder, "W", 0)
         self.history_cf = nn.functional.pad(dataset.item_cf, (0, 0, 0, 1))  # item I: none
         self.shuffled = False
         if config["shuffle_cf"]:
             self.shuffle_cf()
 
-        # The parts, fitted to each other
         # Is what we compute what the LLM itself computes? Can its rows be packed?
         llm.check(torch.tensor([sum(self.name_ids[:4], [])[:16]]))
         if config["full_vocabulary"]:
@@ -208,10 +194,11 @@ class ILM(nn.Module):
             logit' = log_count[child] + tau * logit
 
         log_count is the log of a sum over the items below the child, each 1 + its training
-        purchases ("uniform": each 1); tau says how loudly the frozen LLM is heard, and
-        is learned. So an ILM starts near popularity, and not at a frozen LLM's opinion of titles,
-        which would have to be unlearned first: 7.3 nats in place of 9.8 on ML-100K, where
-        popularity has 7.0. DEVIATION: the paper has none (--prior none --temperature fixed)."""
+        purchases ("uniform": each 1, so that all names are alike; "none": 0, all children are). tau
+        says how loudly the frozen LLM is heard; it is learned where soft tokens are. So an ILM
+        starts near popularity, and not at a frozen LLM's opinion of titles, which would have to be
+        unlearned first: 7.3 nats in place of 9.8 on ML-100K, where popularity has 7.0. DEVIATION:
+        the paper has none (--prior none --temperature fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
         log_count = self.names_trie.sums(1 + purchases).log().float()
         if prior == "none":
@@ -222,7 +209,7 @@ class ILM(nn.Module):
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
     def among_children(self, logit, child):
-        """The LLM's logits of children (M,) -> those by which p is divided among them (M,)."""
+        """The LLM's logits of children (N,) -> those by which p is divided among them (N,)."""
         return self.log_count[child] + self.tau * logit
 
     def trie(self, renormalize=True):
@@ -240,10 +227,10 @@ class ILM(nn.Module):
         first -> what encoders read (N, E'): behind a vector those of the last W items, latest
         first, zeros where there is none. Items have no history. W is --history."""
         if histories is None:
-            return nn.functional.pad(vectors, (0, self.history * self.cf.shape[1]))
-        recent = np.full((len(vectors), self.history), self.num_items)
+            return nn.functional.pad(vectors, (0, self.W * self.cf.shape[1]))
+        recent = np.full((len(vectors), self.W), self.num_items)
         for row, history in zip(recent, histories):
-            row[: len(history)] = history[::-1][: self.history]
+            row[: len(history)] = history[::-1][: self.W]
         return torch.cat([vectors, self.history_cf[torch.from_numpy(recent)].flatten(1)], 1)
 
     def user_now(self, user):
@@ -252,9 +239,9 @@ class ILM(nn.Module):
         return self.with_history(vector, [self.dataset.items_of(user)])[0]
 
     def shuffle_cf(self):
-        """A control: the CF vectors of all items are dealt out anew at random, and every user gets
-        a stranger's (Examples.stranger), with what they chose, whose own vectors stay. The same for
-        every seed."""
+        """A control. Items: their CF vectors are dealt out anew at random. Users: Examples puts a
+        stranger's vector and last items in their place, and these items keep their vectors. (A
+        conversation asks user_now, which deals nothing out.) The same for every seed."""
         order = torch.from_numpy(np.random.default_rng(0).permutation(self.num_items))
         self.cf.copy_(self.cf[order.to(self.cf.device)])
         self.shuffled = True
@@ -264,17 +251,18 @@ class ILM(nn.Module):
     def prompt_ids(self, template, user=None, history=(), items=(), named=True, cf=None, guests=()):
         """A template -> a Prompt.
 
-        user: an index; cf (E',): what stands for them [their vector now]. {item:7}, {user:7} and
-        {history:7,8} say themselves whom they mean, by index; {item:I+n} is guests[n], a vector
-        (E,) that has no name. `named=False` leaves the names of {item} out (text tasks). A list of
-        templates is a conversation, user and model in turn. What is too long loses the oldest items
-        of `history`, whole, then its oldest turns."""
+        user: an index; cf (E',): what stands for them, by default their vector now. {item:7},
+        {user:7} and {history:7,8} say themselves whom they mean, by index (a conversation turns ids
+        into them); {item:I+n} is guests[n], a mixture (E,), which has no name. `named=False` leaves
+        the names of {item} out (text tasks). A list of templates is a conversation, user and model
+        in turn. What is too long loses the oldest items of `history`, whole, then its oldest
+        turns."""
         # A text, or a chat's turns; of each, fill makes [("words", text), ("item", 7), ...]
         turns, history = as_turns(template, self.tokenizer), list(history)
         room = self.context - self.reserve
         while True:
-            parts = fill([turn.replace(SOFT, "") for turn in turns], history, items)
-            prompt = self.tokenise(parts, user, named, cf, guests)
+            filled = fill([turn.replace(SOFT, "") for turn in turns], history, items)
+            prompt = self.tokenise(filled, user, named, cf, guests)
             if len(prompt) <= room or (not history and len(turns) < 3):
                 break
             if history:
@@ -289,25 +277,25 @@ class ILM(nn.Module):
             )
         return prompt
 
-    def tokenise(self, turns, user, named, cf, guests):
-        """The parts of a conversation's turns -> a Prompt. They are framed as the LLM is used to,
-        as one text, in which SOFT stands at each soft token's place; their ids take those places in
-        order. guests are the first vectors, so that guest n is entity I + n."""
+    def tokenise(self, filled, user, named, cf, guests):
+        """The parts of a conversation's turns (of fill) -> a Prompt. They are framed as the LLM is
+        used to, as one text, in which SOFT stands at each soft token's place; their ids take those
+        places in order. guests are the first vectors: guest n is entity I + n."""
         texts, entities, vectors = [], [], list(guests)
-        for parts in turns:
+        for parts in filled:
             text = ""
-            for kind, mentioned in parts:
-                if kind == "words":
-                    text += mentioned
-                elif kind == "user":
-                    person, vector = (user, cf) if mentioned is None else (mentioned, None)
+            for what, said in parts:
+                if what == "words":
+                    text += said
+                elif what == "user":
+                    person, vector = (user, cf) if said is None else (said, None)
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
                         vectors.append(self.user_now(person) if vector is None else vector)
                         entities.append(self.num_items + len(vectors) - 1)
                 else:
-                    text += self.item_words(kind, mentioned, named) + SOFT * self.Q
-                    entities.append(mentioned)
+                    text += self.item_words(what, said, named) + SOFT * self.Q
+                    entities.append(said)
             texts.append(text)
         framed, special = frame(texts, self.tokenizer, self.config["chat_date"])
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
@@ -339,19 +327,22 @@ class ILM(nn.Module):
         """What encoders read (N, E') of items or users -> their soft tokens (N, Q, hidden)."""
         return self.adapter(self.encoder.encode(cf))
 
-    def embed(self, ids, soft=()):
+    def embed(self, ids, batch=()):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft
-        tokens from the item encoder. soft: soft_index of the ids, if there are any."""
-        if "soft_place" not in soft:
+        tokens from the item encoder. batch: what soft_index says of the ids: soft_item (n,), the
+        different items, soft_cf (m, E'), users and mixtures; at each of the S soft tokens
+        soft_place (S,), where it stands in ids laid end to end, and soft_token (S,), which of the
+        (n + m) * Q it is. Nothing where there is none."""
+        if "soft_place" not in batch:
             return self.llm.embed(ids)
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
-        items, users = self.with_history(self.cf[soft["soft_item"]]), soft["soft_cf"].to(self.cf)
+        items, others = self.with_history(self.cf[batch["soft_item"]]), batch["soft_cf"].to(self.cf)
         # A mixture has no history behind it; there may be no user
-        users = nn.functional.pad(users, (0, items.shape[1] - users.shape[1]))
+        others = nn.functional.pad(others, (0, items.shape[1] - others.shape[1]))
         # Through here the gradient leaves the LLM for adapter and encoder
-        tokens = self.soft_tokens(torch.cat([items, users])).flatten(0, 1)
-        tokens = tokens.index_select(0, soft["soft_token"]).to(words.dtype)
-        return words.flatten(0, 1).index_copy(0, soft["soft_place"], tokens).view(words.shape)
+        tokens = self.soft_tokens(torch.cat([items, others])).flatten(0, 1)
+        tokens = tokens.index_select(0, batch["soft_token"]).to(words.dtype)
+        return words.flatten(0, 1).index_copy(0, batch["soft_place"], tokens).view(words.shape)
 
     def log_p(self, hidden, targets):
         """The last hidden states (T, hidden) that predict the targets (index_targets) -> log p of
@@ -422,7 +413,7 @@ class ILM(nn.Module):
     # -- what is kept
 
     def saved_parameters(self):
-        """{name: parameter}: of encoder and adapter, and the LLM's where it was trained."""
+        """{name: parameter}: of encoder and adapter, tau, and the LLM's where it was trained."""
         named = self.named_parameters()
         return {n: p for n, p in named if self.llm.trained or not n.startswith("llm.")}
 

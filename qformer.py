@@ -16,7 +16,7 @@ Dimension letters of the six files (assets/ says its own):
     B batch    Q queries = soft tokens per item    M CF key tokens    D Q-Former width    E CF width
     T text tokens (in ilm.py target tokens)    L length of a prompt or packed row    H heads
     V vocabulary    P width of the contrastive space    W items of a history    I items    U users
-    N any number of rows    S keys
+    N any number of rows    S keys    "hidden" in a shape: the LLM's width
     E' = (1 + W) * E: a vector, and behind it those of a user's last W items (zeros for an item)
 """
 
@@ -129,8 +129,9 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Self-attention shared by queries and text, then what each kind does for itself.
 
-    Queries read the CF keys by cross-attention, or the keys of the history, or (in a single layer)
-    both. Each kind has a feed-forward of its own.
+    Queries read the CF keys by cross-attention, or the keys of the history (keys, mask), or (in a
+    single layer) both, or neither (odd layers without a history). Each kind has a feed-forward of
+    its own.
     """
 
     def __init__(self, config, reads_cf, reads_history):
@@ -158,8 +159,8 @@ class CFKeys(nn.Module):
     An image gives BLIP-2's queries 257 patches to choose from. One CF vector as one key gives them
     no choice: softmax over a single key is 1, and cross-attention is a learned linear map added to
     every query alike. M projections give the queries something to attend *between*. DEVIATION: no
-    LayerNorm, as BLIP-2 has on its patches. It would take the length of the vector away, which says
-    how popular an item is and how active a user.
+    LayerNorm; BLIP-2 has one on its patches. It would take the length of the vector away, which
+    says how popular an item is and how active a user.
     """
 
     def __init__(self, config):
@@ -174,11 +175,12 @@ class CFKeys(nn.Module):
 class HistoryKeys(nn.Module):
     """The last W items of a user's history, latest first -> keys for the queries.
 
-    history (B, W * E), zeros where there is no item -> keys (B, W + 1, D), one of them always
-    there, and which of them may be attended to (B, 1, 1, W + 1).
+    history (B, W * E), zeros where there is no item -> keys (B, W + 1, D), one an item, the last
+    one always there, for who has none; and which may be attended to (B, 1, 1, W + 1).
 
     A user's vector is a sum, behind which no query can look; here they can choose. The attention
-    that reads these keys begins at zero. DEVIATION: the paper's encoder reads the CF vector alone.
+    that reads these keys begins with an output of zero, and a LayerNorm of its own, which no stage
+    1 has seen. DEVIATION: the paper's encoder reads the CF vector alone.
     """
 
     def __init__(self, config):
@@ -202,7 +204,7 @@ class QFormer(nn.Module):
         D, W = config.width, config.history
         heads = config.heads or next(h for h in range(max(1, D // 32), 0, -1) if D % h == 0)
         self.config = config = replace(config, heads=heads)
-        self.width, self.history = D, W
+        self.width, self.W = D, W
 
         # What the layers read
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
@@ -240,8 +242,8 @@ class QFormer(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries, std=std)
 
-        # The CF vector has to be heard: of the soft tokens' first variance it is under 1 % with
-        # BERT's small weights, 30 % with these.
+        # The CF vector has to be heard. At first it makes under 1 % of the variance of the queries'
+        # states with BERT's small weights, 30 % with these
         nn.init.normal_(self.cf_keys.linear.weight, std=E**-0.5)
         for layer in self.layers:
             cross = layer.cross_attention
@@ -250,7 +252,7 @@ class QFormer(nn.Module):
                 nn.init.normal_(cross.out.weight, std=D**-0.5)
 
         # The history says nothing at first, and learns what the vector leaves out
-        if self.history:
+        if self.W:
             nn.init.normal_(self.history_keys.linear.weight, std=E**-0.5)
             nn.init.normal_(self.history_keys.places, std=1.0)
         for layer in self.layers:
@@ -279,7 +281,7 @@ class QFormer(nn.Module):
         if cf is not None:
             Q, E = self.config.num_queries, self.config.cf_dim
             cf_keys = self.cf_keys(cf[:, :E])  # (B, M, D)
-            if self.history and cf.shape[1] > E:
+            if self.W and cf.shape[1] > E:
                 history_keys = self.history_keys(cf[:, E:])
 
         # Who may see whom
@@ -304,8 +306,7 @@ class QFormer(nn.Module):
         used = {"queries", "cf_keys", "history_keys", "norm"}
         used_of_layers = {"self_attention", "cross_attention", "history_attention", "query_ffn"}
         for name, parameter in self.named_parameters():
-            # "layers.0.query_ffn.up.weight" or "queries": the dots make both long enough
-            part, _, part_of_layer, *_ = f"{name}..".split(".")
+            part, _, part_of_layer, *_ = f"{name}..".split(".")  # layers.0.query_ffn.up.weight
             parameter.requires_grad_(part in used or part_of_layer in used_of_layers)
 
     # -- heads
@@ -483,8 +484,8 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
 
 
 def pair_loss(model, left_cf, right_cf, left_key, right_key, gather=Alone()):
-    """II or UI: the two sides of a pair find each other. Items that one user chose within a few
-    steps (the paper's new loss), or a user and an item of theirs.
+    """II or UI, the paper's: the two sides of a pair find each other. Items that one user chose
+    within a few steps, or a user and an item of theirs.
 
     CF vectors (B, E) and keys (B,) of both sides (find_duplicates) -> scalar, and the share of left
     sides whose own partner is the most similar (chance 1 / B). Other items of the same user are

@@ -8,7 +8,8 @@ vectors know.
 Every step sums five losses, explained in qformer.py: itc, itm, itg on items with training texts,
 ii, ui on all training interactions.
 
-Held-out items lend their CF vectors to ii and ui, and their texts to no loss. The best checkpoint
+Held-out items lend their CF vectors to ii and ui, and their texts to no loss (but that items of
+equal text are no negatives). The best checkpoint
 has the lowest sum of those of itc, itm, itg that --losses names, on the validation items.
 DEVIATION: the paper alternates item-text and item-item batches; here both stand in every step.
 """
@@ -87,8 +88,8 @@ def clip_and_step(optimizer, scaler):
 
 
 class Pairs:
-    """II pairs: two training items of one user within 5 steps. UI pairs: one of their training
-    items and the user at the moment it was chosen."""
+    """II pairs: two training items of one user within 5 steps. UI pairs: a user just before one of
+    their training items (recency 1: as the others make them), and that item."""
 
     def __init__(self, dataset, window=5):
         self.dataset, self.window = dataset, window
@@ -182,7 +183,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
     """Held-out items -> {"itc", "itm", "itg", "R@1", "R@5", "chance@1"}. R@k: an item's text is
     among the k most similar of the texts of all of them."""
     model.eval()
-    items, sums, queries, texts_read = torch.tensor(items), {}, [], []
+    items, means, queries, texts_read = torch.tensor(items), {}, [], []
     # Chunks of like sizes: ITC depends on them
     for batch in items.chunk(math.ceil(len(items) / chunk)):
         cf = dataset.item_cf[batch].to(device)
@@ -190,8 +191,8 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         generator = torch.Generator(device).manual_seed(0)
         losses = item_text_losses(model, cf, ids, mask, key, texts.dec, generator)
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(items)
-        queries.append(model.query_features(model.encode(cf)))
+            means[name] = means.get(name, 0) + value.item() * len(batch) / len(items)
+        queries.append(model.query_features(model.encode(cf)))  # features
         texts_read.append(model.text_features(ids, mask))
 
     # Where an item's own text stands among all
@@ -200,7 +201,7 @@ def evaluate_texts(model, dataset, texts, items, device, chunk=256):
         similarity = item_text_similarity(query, texts_read)  # (chunk, held-out items)
         ranks.append(texts.ranks(similarity, rows, items))
     recall = {f"R@{k}": (torch.cat(ranks) <= k).double().mean().item() for k in (1, 5)}
-    return {**sums, **recall, "chance@1": 1 / len(items)}
+    return {**means, **recall, "chance@1": 1 / len(items)}
 
 
 # ---- The script ---------------------------
@@ -245,14 +246,16 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
     run.restore(dict(model.named_parameters()), optimizer, scaler)
 
+    # After the last step comes one more round, which only evaluates
     for step in progress(run.start, args.steps, "stage 1"):
         # -- learning rate
         set_learning_rate(optimizer, step, args.steps, args.lr)
 
-        # -- evaluate and save; without text losses the latest checkpoint is the best
+        # -- evaluate and save, the lower the better; without text losses the latest is the best
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
-            held_out = (dataset, texts, valid_items, device)
-            valid = evaluate_texts(model, *held_out) if batches.with_text else {}
+            valid = {}
+            if batches.with_text:
+                valid = evaluate_texts(model, dataset, texts, valid_items, device)
             model.train()
             chosen_by = sum(valid[name] for name in args.losses if name in valid)
             run.save(step, chosen_by if valid else -step)

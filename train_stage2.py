@@ -1,5 +1,5 @@
 """Stage 2: item-language model training. Teaches a frozen LLM to read soft tokens; also trains
-every baseline of the tables.
+the baselines ilm-rand, mlp and text.
 
     python train_stage2.py                             # ILM on the toy world, CPU: two minutes
     python train_stage2.py --method mlp --lr 1e-2      # CoLLM's two-layer MLP for the Q-Former
@@ -16,7 +16,8 @@ came before the target (with recency 1: all their other training items). The gra
 encoder and adapter through the frozen LLM, which stays as it is but for --train-llm.
 
 Three kinds of batches, drawn at random per micro-step, whose rows have like lengths:
-    sequential        a window of a user's history: *every* position is a target, packed in one row
+    sequential        a window of a user's history: *every* position but the first is a target, all
+                      of them packed in one row
     straightforward   a user alone: up to 20 of their training items, each at its own moment
     text              an instance of tasks.jsonl: describe an item from its soft tokens, unnamed
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from assets.fast.packing import collate, index, item_ends, of_like_length, pack
+from assets.fast import packing
 from assets.plumbing.enough import check_stage2
 from assets.plumbing.frames import CHAT_DATE
 from assets.plumbing.guard import InputError, reading
@@ -60,12 +61,12 @@ from assets.plumbing.run import (
 from assets.plumbing.texts import Texts, share_of
 from assets.plumbing.training_flags import shape_of, stage2_flags
 from data import PROMPT_ITEMS, RANKING_TASKS, load_dataset, load_prompts, ranking_templates
-from ilm import PRIORS, Prompt, build_ilm
+from ilm import PRIORS, build_ilm
 from qformer import QFormer, QFormerConfig
 from train_stage1 import clip_and_step, make_optimizer, set_learning_rate
 
-METHODS = ("ilm", "ilm-rand", "mlp", "text")
-KINDS = (*RANKING_TASKS, "text")
+METHODS = ("ilm", "ilm-rand", "mlp", "text")  # text: names alone, no soft tokens
+KINDS = (*RANKING_TASKS, "text")  # text: say something of an item (tasks.jsonl)
 
 
 # ---- Examples and batches: every batch a function of (seed, step, micro-step) ----
@@ -78,12 +79,13 @@ class Examples:
     def __init__(self, model, dataset):
         self.model, self.dataset = model, dataset
         self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
-        self.tasks = {
-            split: [task for task in dataset.tasks if task["split"] == split]
+        self.instances = {
+            split: [x for x in dataset.instances if x["split"] == split]
             for split in ("train", "valid", "test")
         }
         self.users = dataset.eligible(4)
-        # Whose vector a user gets where CF is shuffled; in training one who has places to ask at
+        # Where CF is shuffled, user u is read as stranger[u]; in training, where it has to be one
+        # with two training items, as self.users[stranger[u] % their number]
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
     # -- what stands for a user, with the last items behind it where encoders read them
@@ -106,14 +108,15 @@ class Examples:
 
     # -- examples
 
-    def name(self, item):
+    def name_target(self, item):
         """The target of an item's name: its tokens, and the nodes of the trie they are chosen at,
         or, with --full-vocabulary, all its tokens alone."""
         if self.model.config["full_vocabulary"]:
             return (self.model.name_ids[item],)
         return self.model.names_trie.paths[item]
 
-    def ranking(self, task, user, history, template, cf=None):
+    def ranking_prompt(self, task, user, history, template, cf=None):
+        """One question of a ranking task -> a Prompt."""
         history = [int(i) for i in history[-PROMPT_ITEMS:]] if task == "sequential" else ()
         return self.model.prompt_ids(template, user=user, history=history, cf=cf)
 
@@ -124,7 +127,7 @@ class Examples:
         for user, cf in zip(users, self.read_at(users, split)):
             template = templates[int(user) % len(templates)]
             history = self.dataset.items_of(user, split)
-            asked.append(self.ranking(task, user, history, template, cf))
+            asked.append(self.ranking_prompt(task, user, history, template, cf))
         return asked
 
     def text(self, instance):
@@ -133,17 +136,20 @@ class Examples:
 
     def prefixes(self, user, window, cf, template):
         """A window of items (n + 1,), cf (n, E') -> n prompts, of its first 1, 2 ... n items."""
-        longest = self.ranking("sequential", user, window[:-1], template, cf[-1])
-        ends = item_ends(longest, self.model.num_items, self.model.Q)
-        if len(ends) == len(window) - 1:  # cut from the longest one, which is tokenised once
-            after = longest[ends[-1] :]
-            cut = [[*longest[:end], *after] for end in ends]
-            return [Prompt(ids, [vector] * len(longest.cf)) for ids, vector in zip(cut, cf)]
+        longest = self.ranking_prompt("sequential", user, window[:-1], template, cf[-1])
+        ends = packing.item_ends(longest, self.model.num_items, self.model.Q)
 
         # The definition; no soft tokens tell where to cut, or the history had to be shortened
+        if len(ends) < len(window) - 1:
+            return [
+                self.ranking_prompt("sequential", user, window[:k], template, cf[k - 1])
+                for k in range(1, len(window))
+            ]
+
+        # The same, cut from the longest one, which is tokenised once; a vector for each {user}
+        cut = [[*longest[:end], *longest[ends[-1] :]] for end in ends]
         return [
-            self.ranking("sequential", user, window[:k], template, cf[k - 1])
-            for k in range(1, len(window))
+            packing.Prompt(ids, [vector] * len(longest.vectors)) for ids, vector in zip(cut, cf)
         ]
 
     def sequential_row(self, user, template, rng):
@@ -154,24 +160,27 @@ class Examples:
         window = items[start : start + PROMPT_ITEMS + 1]
         cf = self.read_before(user, np.arange(start + 1, start + len(window)))
         prompts = self.prefixes(user, window, cf, template)
-        return self.pack([(p, *self.name(item)) for p, item in zip(prompts, window[1:])])
+        return self.pack([(p, *self.name_target(item)) for p, item in zip(prompts, window[1:])])
 
     def straightforward_row(self, user, template, rng):
         """Up to PROMPT_ITEMS of the user's training items, each asked for at its own moment."""
         items = self.dataset.items_of(user, "train")
         places = 1 + rng.permutation(len(items) - 1)[:PROMPT_ITEMS]
         cf = self.read_before(user, places)
-        prompt = self.ranking("straightforward", user, (), template, cf[0])
-        prompts = [Prompt(prompt, [vector] * len(prompt.cf)) for vector in cf]
-        return self.pack([(p, *self.name(items[place])) for p, place in zip(prompts, places)])
+        prompt = self.ranking_prompt("straightforward", user, (), template, cf[0])
+        prompts = [packing.Prompt(prompt, [vector] * len(prompt.vectors)) for vector in cf]
+        return self.pack(
+            [(p, *self.name_target(items[place])) for p, place in zip(prompts, places)]
+        )
 
     def pack(self, examples):
-        return pack(examples, self.model.num_items, self.model.Q)
+        return packing.pack(examples, self.model.num_items, self.model.Q)
 
     def collate(self, rows):
         """Packed rows -> the batch that ILM.forward takes."""
         num_items, Q = self.model.num_items, self.model.Q
-        return index(collate(rows, num_items, Q), self.model.names_trie, num_items, Q)
+        batch = packing.collate(rows, num_items, Q)
+        return packing.index(batch, self.model.names_trie, num_items, Q)
 
     # -- batches
 
@@ -185,7 +194,7 @@ class Examples:
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # the row's seed picks the instance
-            pool = self.tasks["train"]
+            pool = self.instances["train"]
             instances = [pool[seed % len(pool)] for seed in seeds[own]]
             return [self.pack([self.text(instance)]) for instance in instances]
         row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
@@ -195,34 +204,34 @@ class Examples:
             rows.append(row(user, template, np.random.default_rng(seed)))
         return rows
 
-    def held_out(self, split, limit, tokens):
+    def validation(self, limit, tokens):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item
         of up to `limit` users."""
         rng, rows = np.random.default_rng(0), {}
         users = self.dataset.eligible()
         users = users[rng.permutation(len(users))[:limit]]
         for task in RANKING_TASKS:
-            prompts = self.ranking_prompts(task, users, split, "seen")
-            targets = [self.name(self.dataset.target(u, split)) for u in users]
+            prompts = self.ranking_prompts(task, users, "valid", "seen")
+            targets = [self.name_target(self.dataset.target(u, "valid")) for u in users]
             rows[task] = [self.pack([(prompt, *name)]) for prompt, name in zip(prompts, targets)]
-        pool = self.tasks[split]
+        pool = self.instances["valid"]
         instances = [pool[i] for i in rng.permutation(len(pool))[: 2 * limit]]
         rows["text"] = [self.pack([self.text(instance)]) for instance in instances]
 
         return {
-            kind: [self.collate(part) for part in of_like_length(some, tokens)]
+            kind: [self.collate(part) for part in packing.of_like_length(some, tokens)]
             for kind, some in rows.items()
             if some
         }
 
 
 @torch.no_grad()
-def held_out_losses(model, held_out):
+def validation_losses(model, validation):
     """{kind: mean loss}. text: -log p a target token. Ranking: -log p(next item), nats a user; a
     uniform guess has ln I."""
     model.eval()
     losses, (rank, world) = {}, process()
-    for kind, batches in held_out.items():
+    for kind, batches in validation.items():
         total, count = 0.0, 0
         for batch in batches[rank::world]:  # every user is validated once, by one process
             with model.autocast():
@@ -304,24 +313,24 @@ def set_up_data(args, examples):
     that are trained."""
     items = examples.dataset.items_in("train")
     left_out = {*items} - {*share_of(items, args.text_fraction, args.seed)}
-    tasks = [t for t in examples.tasks["train"] if not left_out & {*t["items"]}]
-    examples.tasks["train"] = tasks
-    shares = np.array(args.mix) * [1, 1, bool(tasks)]
-    found = examples.held_out("valid", args.valid_users, args.batch_tokens)
-    held_out = {kind: found[kind] for kind, x in zip(KINDS, shares) if x and kind in found}
-    check_stage2(args, shares, examples.users, held_out)
-    return shares / shares.sum(), held_out
+    told = [x for x in examples.instances["train"] if not left_out & {*x["items"]}]
+    examples.instances["train"] = told
+    shares = np.array(args.mix) * [1, 1, bool(told)]
+    found = examples.validation(args.valid_users, args.batch_tokens)
+    validation = {kind: found[kind] for kind, x in zip(KINDS, shares) if x and kind in found}
+    check_stage2(args, shares, examples.users, validation)
+    return shares / shares.sum(), validation
 
 
 def draw_batches(examples, shares, args, step):
-    """A step's seed for dropout, and its micro-batches, cut to what the LLM reads at once: [(kind,
-    batch), ...]."""
+    """A step's seed for dropout, and its micro-batches (--accumulate), each cut to what the LLM
+    reads at once: [(kind, batch), ...]."""
     rng = np.random.default_rng([args.seed, step])
     seed = int(rng.integers(2**62))
     batches = []
     for kind in rng.choice(KINDS, size=args.accumulate, p=shares).tolist():
         rows = examples.rows(kind, args.batch_size, rng)
-        parts = of_like_length(rows, args.batch_tokens)
+        parts = packing.of_like_length(rows, args.batch_tokens)
         batches += [(kind, examples.collate(part)) for part in parts]
     return seed, batches
 
@@ -332,7 +341,7 @@ def main():
     dataset = load_dataset(args.data)
     model, run = set_up_model(args, dataset, device)
     examples = Examples(model, dataset)
-    shares, held_out = set_up_data(args, examples)
+    shares, validation = set_up_data(args, examples)
     parallel = distribute(model, world if args.steps else 1)
     optimizer = make_optimizer(model, args.lr)
     # Precision: bf16 on a card that has it, fp16 with a scaler on one that has not; fp32 on a CPU
@@ -347,7 +356,8 @@ def main():
 
         # -- evaluate and save
         if step % args.eval_every == 0 or step == args.steps:
-            valid = held_out_losses(model, held_out)
+            valid = validation_losses(model, validation)
+            # What chooses the checkpoint is a mean of nats a user and nats a token of texts
             run.save(step, sum(valid.values()) / len(valid), seen_targets)
             run.log_validation(step, valid)
         if step == args.steps:
@@ -357,25 +367,25 @@ def main():
         # -- losses: the mean over all target tokens of the step's micro-batches
         seed, batches = next(drawn)
         torch.manual_seed(seed + rank)
-        (targets,) = sum_over_processes(sum(len(batch["target_at"]) for _, batch in batches))
+        (num_targets,) = sum_over_processes(sum(len(batch["target_at"]) for _, batch in batches))
         loss, nlls = 0.0, {}
         for k, (kind, batch) in enumerate(batches, 1):
             with averaging(parallel, k == len(batches)):
                 with model.autocast():  # but for T5, which overflows fp16
                     total, nll = parallel(batch)
-                part = total * world / targets
+                part = total * world / num_targets
                 scaler.scale(part).backward()
             loss += part.detach()
             nlls.setdefault(kind, []).append(nll.detach())
         losses = {kind: torch.cat(parts).mean() for kind, parts in nlls.items()}
-        seen_targets += int(targets)
+        seen_targets += int(num_targets)
 
         # -- step
         norm = clip_and_step(optimizer, scaler)
         check_step(losses, step, norm, scaler)
 
-        # -- log, of all processes: the loss, and means of each kind, a token. (Of ranking,
-        # validation is a user)
+        # -- log, of all processes: the loss, and means of each kind. They are per token, ranking's
+        # validation is per user (a name's sum): not to be compared
         if step % 20 == 0:
             means = mean_over_processes({"loss": loss, **losses})
             run.log_step(step, norm, **means, tau=model.tau.item(), targets=seen_targets)

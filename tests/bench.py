@@ -237,7 +237,7 @@ def windows(model, users):
         s = model.dataset.items_of(u, "train")
         w, template = s[-21:], templates[u // 4 % len(templates)]
         cf = examples.read_before(u, np.arange(len(s) - len(w) + 1, len(s)))
-        out.append([(examples.ranking("sequential", u, w[:k], template, cf[k - 1]), model.name_ids[w[k]]) for k in range(1, len(w))])
+        out.append([(examples.ranking_prompt("sequential", u, w[:k], template, cf[k - 1]), model.name_ids[w[k]]) for k in range(1, len(w))])
     return out
 
 

@@ -117,7 +117,7 @@ def work(script, tmp_path_factory):
 def embedded(model, prompt, targets=((),)):
     """What the LLM reads of one prompt with each of N targets of one length behind it, (N, L, hidden)."""
     ids = torch.tensor([[*prompt, *target] for target in targets])
-    return model.embed(ids, soft_index(ids, getattr(prompt, "cf", []), model.num_items, model.Q))
+    return model.embed(ids, soft_index(ids, getattr(prompt, "vectors", []), model.num_items, model.Q))
 
 
 def as_read(model, histories):
@@ -126,8 +126,8 @@ def as_read(model, histories):
     dataset, rows = model.dataset, []
     vectors = dataset.standard_users(dataset.solver.of_histories(histories))
     for vector, history in zip(vectors, histories):
-        latest = [model.cf[int(i)] for i in history][::-1][:model.history]
-        none = torch.zeros((model.history - len(latest)) * model.cf.shape[1])
+        latest = [model.cf[int(i)] for i in history][::-1][:model.W]
+        none = torch.zeros((model.W - len(latest)) * model.cf.shape[1])
         rows.append(torch.cat([vector, *latest, none]))
     return torch.stack(rows)
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, real
 
 import data
-from assets.plumbing import guard, later, readers
+from assets.plumbing import guard, later, names, readers
 
 FEW = "--min-count 1 --cf-dim 4 --recency 1 --reg 1".split()
 LOG = "user,item,timestamp\n" + "".join(
@@ -209,7 +209,7 @@ def test_ids_with_spaces(prepare):
     )  # what --columns said holds for --new
     is_whole(dataset)
     assert [x["title"] for x in dataset.items] == [f"Thing {i}" for i in range(6)]
-    assert data.item_names(dataset, None, case("spaces-in-ids") + "/names.txt") == [
+    assert names.item_names(dataset, None, case("spaces-in-ids") + "/names.txt") == [
         f"code{i}" for i in range(6)
     ]
 
@@ -679,9 +679,9 @@ def test_titles_that_a_tokenizer_takes_for_equal(prepare, make_ilm, capsys):
 
     dataset = prepare({"interactions.csv": LOG, "items.csv": ITEMS.replace("Film 1", "FILM 0")})
     tokenizer = Lower(AutoTokenizer.from_pretrained(ROOT / "assets" / "toy_llm"))
-    names = data.item_names(dataset, tokenizer)
+    found = names.item_names(dataset, tokenizer)
     assert (
-        len({tuple(tokenizer(" " + name, add_special_tokens=False)["input_ids"]) for name in names})
+        len({tuple(tokenizer(" " + name, add_special_tokens=False)["input_ids"]) for name in found})
         == 6
     )
     assert (
@@ -702,7 +702,7 @@ def test_titles_of_which_a_tokenizer_knows_nothing(prepare, make_ilm):
 
     dataset = prepare(case("brackets"))
     with pytest.raises(data.InputError, match="'i0'.*'i1'.*--item-names random"):
-        data.item_names(dataset, Unknown())
+        names.item_names(dataset, Unknown())
 
 
 # ---- --look, --new, terminals, old runs ------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_a_mixture_reaches_the_model_as_its_vector(chat, monkeypatch):
     chat.answer("Describe {item:003*0.5+item:008*0.5}.")
     model, prompt = chat.model, read[0]
     entity, = {(i - (1 << 24)) // model.Q for i in prompt if i >= 1 << 24}
-    torch.testing.assert_close(prompt.cf[entity - model.num_items], 0.5 * model.cf[2] + 0.5 * model.cf[7])
+    torch.testing.assert_close(prompt.vectors[entity - model.num_items], 0.5 * model.cf[2] + 0.5 * model.cf[7])
 
 
 def test_a_mixture_and_a_user_in_one_line_keep_their_vectors_apart(chat):
@@ -164,7 +164,7 @@ def test_a_mixture_and_a_user_in_one_line_keep_their_vectors_apart(chat):
     model, text = chat.model, chat.resolve("{item:003*0.5+item:008*0.5} for {user:5}")
     prompt = model.prompt_ids(text, named=False, guests=chat.guests)
     ids = torch.tensor([prompt])
-    found = model.embed(ids, soft_index(ids, prompt.cf, model.num_items, model.Q))[0, torch.tensor(prompt) >= 1 << 24]
+    found = model.embed(ids, soft_index(ids, prompt.vectors, model.num_items, model.Q))[0, torch.tensor(prompt) >= 1 << 24]
     mixture = model.with_history((0.5 * model.cf[2] + 0.5 * model.cf[7])[None])
     user = as_read(model, [model.dataset.items_of(chat.known["user"]["5"])])
     torch.testing.assert_close(found, model.soft_tokens(torch.cat([mixture, user])).flatten(0, 1), atol=1e-4, rtol=1e-4)
@@ -175,7 +175,7 @@ def test_somebody_new_is_what_they_liked(chat, monkeypatch, capsys):
     read = []
     monkeypatch.setattr("assets.extras.chat.best_items", lambda model, prompts, taken: read.append(prompts[0]) or [[]])
     chat.recommend(chat.resolve("{history:001,002} and {item:009}"))
-    torch.testing.assert_close(read[0].cf, [as_read(chat.model, [[0, 1, 8]])[0]])
+    torch.testing.assert_close(read[0].vectors, [as_read(chat.model, [[0, 1, 8]])[0]])
 
 
 def test_recommendations_leave_out_what_they_had_and_end_in_a_valid_list(chat, capsys):

@@ -175,7 +175,7 @@ def test_with_item_vectors_of_another_engine_alone_users_are_folded_in(four_item
     items = np.random.default_rng(0).normal(size=(4, 3))
     dataset = four_items(item=items)
     torch.testing.assert_close(dataset.raw_cf.double(), torch.from_numpy(items), atol=1e-6, rtol=1e-6)
-    assert dataset.user_cf is None and "user" not in np.load(dataset.path / "cf.npz")
+    assert dataset.raw_user_cf is None and "user" not in np.load(dataset.path / "cf.npz")
     wanted = dataset.solver.of_histories([dataset.items_of(3, "test")])
     assert torch.equal(dataset.users_at([3], "test"), wanted) and wanted.abs().sum() > 0
     chosen = dataset.meta["cf"]["settings"]
@@ -187,7 +187,7 @@ def test_vectors_with_ids_are_found_whatever_their_order_and_company(four_items)
     told = {"item_id": np.array([*"dxbca"]), "user_id": np.array(["u4", "u0", "u9", "u1", "u3", "u2"])}
     dataset = four_items(item=items, user=users, **told)
     assert (dataset.raw_cf.numpy() == items[[4, 2, 3, 0]]).all()
-    assert (dataset.user_cf.numpy() == users[[1, 3, 5, 4, 0]]).all()
+    assert (dataset.raw_user_cf.numpy() == users[[1, 3, 5, 4, 0]]).all()
 
 
 @pytest.mark.parametrize("flag, value", [("--recency", 0.9), ("--reg", 1)])
@@ -275,9 +275,9 @@ def test_held_out_items_are_a_function_of_their_ids_and_in_no_training_task(toy)
     dataset = data.load_dataset(toy)
     held_out = {i for ids in dataset.meta["held_out"].values() for i in ids}
     assert held_out == {i for i, item in enumerate(dataset.items) if data.item_split("toy", item["id"]) != "train"}
-    assert not held_out & {i for t in dataset.tasks if t["split"] == "train" for i in t["items"]}
-    assert not any(dataset.items[i]["title"] in t["prompt"] for t in dataset.tasks for i in t["items"])
-    assert len({t["task"] for t in dataset.tasks}) >= 6
+    assert not held_out & {i for t in dataset.instances if t["split"] == "train" for i in t["items"]}
+    assert not any(dataset.items[i]["title"] in t["prompt"] for t in dataset.instances for i in t["items"])
+    assert len({t["task"] for t in dataset.instances}) >= 6
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
@@ -349,7 +349,7 @@ def test_the_24_tasks_follow_from_the_truth(toy):
     """Every ELM-style task is there on the toy world, in every split, and its target is made of what is true of its items."""
     dataset = data.load_dataset(toy)
     by_task = {}
-    for t in dataset.tasks:
+    for t in dataset.instances:
         by_task.setdefault(t["task"], []).append(t)
     elm = [t[0] for t in data.load_prompts() if t[0] not in (*data.RANKING_TASKS, *dataset.items[0]["attributes"])]
     elm = [t for t in dict.fromkeys(elm) if t not in ("genres", "decade", "brand", "categories")]

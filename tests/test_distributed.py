@@ -53,7 +53,7 @@ def step_of_stage2(toy, world):
             (total * world / count).backward()
         loss += total.item()
     loss, = train_stage2.sum_over_processes(loss / count)
-    valid = train_stage2.held_out_losses(model, examples.held_out("valid", 7, 600))
+    valid = train_stage2.validation_losses(model, examples.validation(7, 600))
     return finish(model, torch.tensor([loss, *valid.values()]))
 
 

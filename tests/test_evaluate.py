@@ -10,7 +10,7 @@ from conftest import CF, EVALUATE, ROOT
 
 import data
 import evaluate
-from assets.extras import tables
+from assets.extras import references, tables
 from assets.plumbing.guard import InputError
 from train_stage2 import Examples
 
@@ -102,7 +102,7 @@ def test_history_goes_but_a_repeated_target_stays(toy):
 def test_references_by_definition(toy):
     dataset = data.load_dataset(toy)
     users = dataset.eligible()[:9]
-    scores = {name: score(users, "test") for name, score in evaluate.reference_scores(dataset).items()}
+    scores = {name: score(users, "test") for name, score in references.reference_scores(dataset).items()}
     X = torch.zeros(150, 120)
     for u in range(150):
         X[u, torch.as_tensor(dataset.items_of(u, "train").astype(int))] = 1
@@ -122,7 +122,7 @@ def test_references_by_definition(toy):
                 A = A + s.alpha * recency**age * torch.outer(Y[item], Y[item])
                 b = b + (1 + s.alpha) * recency**age * Y[item]
             torch.testing.assert_close(row, (Y @ torch.linalg.solve(A, b)).float(), atol=1e-4, rtol=1e-3)
-    weight = evaluate.popularity_weight(dataset)
+    weight = references.popularity_weight(dataset)
     wanted = scores["mf, at the moment"] + weight * scores["popularity"].log1p()
     torch.testing.assert_close(scores["mf, at the moment + popularity"], wanted)
     torch.testing.assert_close(scores["oracle"].sum(1), torch.ones(9), atol=1e-4, rtol=1e-4)
@@ -137,16 +137,16 @@ def at_recency(dataset, recency):
 
 
 def test_another_engines_users_have_no_row_at_the_moment(toy):
-    dataset = replace(data.load_dataset(toy), user_cf=torch.randn(150, 12))
-    scores = evaluate.reference_scores(dataset)
-    assert [*scores] == ["popularity", "item-knn", "mf", "oracle"] and evaluate.yardstick(dataset) == "mf"
-    torch.testing.assert_close(scores["mf"]([3, 9], "test"), dataset.user_cf[[3, 9]] @ dataset.raw_cf.T)
+    dataset = replace(data.load_dataset(toy), raw_user_cf=torch.randn(150, 12))
+    scores = references.reference_scores(dataset)
+    assert [*scores] == ["popularity", "item-knn", "mf", "oracle"] and references.yardstick(dataset) == "mf"
+    torch.testing.assert_close(scores["mf"]([3, 9], "test"), dataset.raw_user_cf[[3, 9]] @ dataset.raw_cf.T)
 
 
 def test_where_tastes_stand_still_there_is_no_row_at_the_moment(toy):
     dataset = at_recency(data.load_dataset(toy), 1.0)
-    names = evaluate.reference_scores(dataset)
-    assert "mf, at the moment" not in names and evaluate.yardstick(dataset) in names
+    names = references.reference_scores(dataset)
+    assert "mf, at the moment" not in names and references.yardstick(dataset) in names
 
 
 @pytest.mark.parametrize("weight, recency, wanted", [
@@ -155,8 +155,8 @@ def test_where_tastes_stand_still_there_is_no_row_at_the_moment(toy):
     (0.0, 1.0, "mf, at the moment + popularity"),
 ])
 def test_retention_is_against_the_better_mf_at_the_moment(toy, monkeypatch, weight, recency, wanted):
-    monkeypatch.setattr(evaluate, "popularity_weight", lambda dataset: weight)
-    assert evaluate.yardstick(at_recency(data.load_dataset(toy), recency)) == wanted
+    monkeypatch.setattr(references, "popularity_weight", lambda dataset: weight)
+    assert references.yardstick(at_recency(data.load_dataset(toy), recency)) == wanted
 
 
 def test_the_weight_of_popularity_is_chosen_on_validation(toy):
@@ -170,7 +170,7 @@ def test_the_weight_of_popularity_is_chosen_on_validation(toy):
         found[weight] = metrics["NDCG@10"]
     other = replace(dataset, sequence=dataset.sequence.copy())
     other.sequence[other.indptr[1:] - 1] = np.roll(dataset.sequence[dataset.indptr[1:] - 1], 7)
-    assert evaluate.popularity_weight(dataset) == max(found, key=found.get) == evaluate.popularity_weight(other)
+    assert references.popularity_weight(dataset) == max(found, key=found.get) == references.popularity_weight(other)
 
 
 def test_the_toy_world_orders_the_references(tmp_path):

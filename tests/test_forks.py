@@ -148,11 +148,11 @@ def test_a_new_user_is_a_history_like_any_other(toy, tmp_path):
 def test_known_users_of_another_engine_stand_beside_new_ones(toy, tmp_path):
     """In one batch or alone: who has a vector of their own keeps it, who is new is folded in."""
     dataset = data.load_dataset(toy)
-    dataset.user_cf = torch.randn(150, 12)
+    dataset.raw_user_cf = torch.randn(150, 12)
     log = [("bob", dataset.items[i]["id"], t) for t, i in enumerate((7, 3, 9))]
     extended = extend(dataset, later_folder(tmp_path / "later", log))
     found = extended.users_at([4, 150])
-    assert torch.equal(found[0], dataset.user_cf[4])
+    assert torch.equal(found[0], dataset.raw_user_cf[4])
     torch.testing.assert_close(found[1], extended.solver.of_histories([[7, 3, 9]])[0])
     assert extended.users_before([4, 150], [1, 1]).shape == (2, 12)
 

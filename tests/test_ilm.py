@@ -35,9 +35,9 @@ def test_soft_tokens_follow_the_names(make_ilm, method):
 def test_a_prompt_carries_its_users_at_their_moment(make_ilm):
     model = make_ilm()
     now, given = model.prompt_ids("For {user}:", user=7), torch.randn(model.cf.shape[1])
-    torch.testing.assert_close(now.cf, [as_read(model, [model.dataset.items_of(7)])[0]])
-    assert model.prompt_ids("For {user}:", user=7, cf=given).cf[0] is given
-    assert make_ilm("text").prompt_ids("For {user}:", user=7).cf == []
+    torch.testing.assert_close(now.vectors, [as_read(model, [model.dataset.items_of(7)])[0]])
+    assert model.prompt_ids("For {user}:", user=7, cf=given).vectors[0] is given
+    assert make_ilm("text").prompt_ids("For {user}:", user=7).vectors == []
 
 
 def test_an_encoder_that_names_no_history_reads_plain_vectors(make_ilm, monkeypatch):
@@ -50,8 +50,8 @@ def test_an_encoder_that_names_no_history_reads_plain_vectors(make_ilm, monkeypa
 
     monkeypatch.setattr(ilm, "make_encoder", lambda *_: Plain())
     model = make_ilm(num_queries=2)
-    assert model.history == 0 and model.tau.requires_grad
-    vector, = model.prompt_ids("For {user}:", user=7).cf
+    assert model.W == 0 and model.tau.requires_grad
+    vector, = model.prompt_ids("For {user}:", user=7).vectors
     torch.testing.assert_close(vector, as_read(model, [model.dataset.items_of(7)])[0])
     assert model.soft_tokens(model.with_history(model.cf)).shape == (120, 2, model.llm.width)
     for kind in ("sequential", "straightforward", "text"):
@@ -143,7 +143,7 @@ def test_each_item_is_encoded_once(make_ilm):
     model.encoder.encode = lambda cf: seen.append(len(cf)) or encode(cf)
     prompt = model.prompt_ids("{history} for {user}", user=3, history=[4, 9, 4, 4])
     ids = torch.tensor([prompt, prompt])
-    model.embed(ids, soft_index(ids, prompt.cf, model.num_items, model.Q))
+    model.embed(ids, soft_index(ids, prompt.vectors, model.num_items, model.Q))
     assert seen == [3]
 
 
@@ -209,7 +209,7 @@ def test_openp5s_prompt_and_index_files_load_as_they_are(make_ilm, tmp_path):
     index.write_text("".join(f"{item['id']} {2000 + i}\n" for i, item in enumerate(model.dataset.items)))
     model = make_ilm("text", prompts=str(prompts), item_names=str(index))
     examples = Examples(model, model.dataset)
-    ids = examples.ranking("sequential", 5, [3, 4], examples.templates["sequential", "seen"][0])
+    ids = examples.ranking_prompt("sequential", 5, [3, 4], examples.templates["sequential", "seen"][0])
     assert model.tokenizer.decode(ids) == ("Considering toy user 5 has interacted with toy items item_2003, item_2004 . What next ? toy")
     index.write_text("001 7\n")
     with pytest.raises(data.InputError, match="no line for 119 items, the first is 002"):

@@ -172,14 +172,6 @@ def test_prior_and_temperature_are_kept_with_a_run(make_ilm, toy, tmp_path, prio
     assert loaded.tau.requires_grad == (temperature == "learned")
 
 
-def test_a_run_from_before_there_was_a_prior_is_the_llm_alone(make_ilm):
-    """Its config has neither word."""
-    model = make_ilm()
-    del model.config["prior"], model.config["temperature"]
-    model = ilm.build_ilm(model.config, model.dataset, torch.device("cpu"))
-    assert model.tau == 1 and not model.tau.requires_grad and not model.log_count.any()
-
-
 def test_a_loss_over_the_full_vocabulary_knows_no_prior(make_ilm):
     """Nor does the ranking by it: whatever tau and counts are, the same bits."""
     model = make_ilm(full_vocabulary=True)

@@ -313,6 +313,7 @@ BROKEN = [  # script, flags, file, what is done to it, words
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/model.safetensors", half, ["--llm llm"]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", half, ["--llm llm"]),
     ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(llm=None), ["config.json", "llm"]),
+    ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(prior=None), ["has no prior", "train again"]),
     ("evaluate.py", ["--run", "train_stage2"], "train_stage2/config.json", edit(fingerprint=[1]), ["data/toy has other CF vectors"]),
     ("train_stage2.py", ["--method", "text", "--train-llm", "--llm", "llm"], "llm/tokenizer.json", more_tokens, ["another LLM's"]),
     ("evaluate.py", ["--run", "train_stage2"], "train_stage2/model.safetensors", half, ["model.safetensors"]),
@@ -388,7 +389,7 @@ def test_control_characters_reach_neither_files_nor_the_terminal(script, tmp_pat
     done = script("data.py", *"--dataset csv --source . --min-count 1 --out out".split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     dataset = data.load_dataset(tmp_path / "out")
-    told = json.dumps([dataset.items, dataset.tasks], ensure_ascii=False) + done.stdout
+    told = json.dumps([dataset.items, dataset.instances], ensure_ascii=False) + done.stdout
     assert not guard.CONTROL.search(told.replace("\n", "")) and "Evil 1" in dataset.items[1]["title"]
     (tmp_path / f"a{EVIL[:4]}").mkdir()
     done = script("data.py", "--dataset", "csv", "--source", f"a{EVIL[:4]}", cwd=tmp_path)
@@ -657,7 +658,7 @@ def test_test_items_influence_no_pair_history_prompt_or_target(planted):
         examples = train_stage2.Examples(build_ilm(train_stage2.make_config(args, dataset)[0], dataset, torch.device("cpu")), dataset)
         batches = [examples.batch(kind, 4, rng) for kind in ("sequential", "straightforward", "text")]
         histories = [dataset.items_of(u, "valid").tolist() for u in range(40)]
-        seen.append([pairs.ii(200, rng), pairs.ui(30, rng), batches, examples.held_out("valid", 20, 4_096), histories])
+        seen.append([pairs.ii(200, rng), pairs.ui(30, rng), batches, examples.validation(20, 4_096), histories])
     flat = lambda x: x.tolist() if torch.is_tensor(x) else {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else \
         [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
     assert flat(seen[0]) == flat(seen[1])
@@ -682,14 +683,14 @@ def test_test_items_influence_no_weight_and_no_choice_of_a_checkpoint(planted, s
 def test_texts_of_held_out_items_are_in_no_training_target(toy):
     dataset = data.load_dataset(toy)
     held_out = {i for split in ("valid", "test") for i in dataset.meta["held_out"][split]}
-    train = [t for t in dataset.tasks if t["split"] == "train"]
+    train = [t for t in dataset.instances if t["split"] == "train"]
     known = {dataset.items[i]["text"] for i in dataset.items_in("train")}  # two movies of the toy world may have equal texts
     secret = {dataset.items[i]["text"] for i in held_out} - known
     assert train and len(secret) > 30 and not any(text in t["target"] for t in train for text in secret)
     assert all(not held_out & {*t["items"]} for t in train)
     assert not held_out & {*dataset.items_in("train")}
     for split in ("valid", "test"):  # nor does a text task of validation ask about an item of the test
-        assert all({*t["items"]} <= {*dataset.meta["held_out"][split]} for t in dataset.tasks if t["split"] == split)
+        assert all({*t["items"]} <= {*dataset.meta["held_out"][split]} for t in dataset.instances if t["split"] == split)
 
 
 def test_the_search_for_learning_rates_reads_the_validation_loss_alone():

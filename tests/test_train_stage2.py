@@ -13,7 +13,7 @@ import train_stage1
 import train_stage2
 from assets.fast.packing import of_like_length
 from ilm import START_TAU, load_ilm
-from train_stage2 import Examples, held_out_losses
+from train_stage2 import Examples, validation_losses
 
 SMALL = ["--batch-size", "2", "--accumulate", "3", "--valid-users", "4"]
 SHAPE = ["--width", "32", "--layers", "2", "--num-queries", "2"]
@@ -63,7 +63,7 @@ def test_validation_loss_is_minus_log_p_of_the_next_item(make_ilm, task):
     """Nats a user, who are asked at their moment, against the definition; the history is not divided out."""
     model = make_ilm()
     examples = Examples(model, model.dataset)
-    losses = held_out_losses(model, examples.held_out("valid", 5, 600))
+    losses = validation_losses(model, examples.validation(5, 600))
     users = model.dataset.eligible()[np.random.default_rng(0).permutation(150)[:5]]
     wanted = []
     for u in users:
@@ -80,9 +80,9 @@ def test_validation_loss_is_minus_log_p_of_the_next_item(make_ilm, task):
 def test_text_loss_of_validation_is_a_mean_over_tokens(make_ilm):
     model = make_ilm("mlp")
     examples = Examples(model, model.dataset)
-    batches = examples.held_out("valid", 5, 600)
+    batches = examples.validation(5, 600)
     nll = torch.cat([model(dict(batch))[1].detach() for batch in batches["text"]])
-    assert held_out_losses(model, batches)["text"] == pytest.approx(nll.mean().item(), abs=1e-5)
+    assert validation_losses(model, batches)["text"] == pytest.approx(nll.mean().item(), abs=1e-5)
 
 
 def test_a_micro_batch_that_is_cut_has_the_same_loss_and_less_padding(make_ilm):
@@ -118,10 +118,10 @@ def test_prompts_cut_from_the_longest_are_those_of_each_prefix(make_ilm, method,
             history = [int(i) for i in window[:k]]
             each.append(model.prompt_ids(template, user=4, history=history, cf=cf[k - 1]))
         assert [*map(list, cut)] == [*map(list, each)]
-        assert all(torch.equal(a, b) for x, y in zip(cut, each) for a, b in zip(x.cf, y.cf))
+        assert all(torch.equal(a, b) for x, y in zip(cut, each) for a, b in zip(x.vectors, y.vectors))
         batches = []
         for prompts in (cut, each):
-            named = [(prompt, *examples.name(i)) for prompt, i in zip(prompts, window[1:])]
+            named = [(prompt, *examples.name_target(i)) for prompt, i in zip(prompts, window[1:])]
             batches.append(examples.collate([examples.pack(named)]))
         assert batches[0].keys() == batches[1].keys()
         assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
@@ -136,7 +136,7 @@ def test_prompts_that_do_not_fit_the_context_are_those_of_each_prefix_too(make_i
     model.context = len(examples.prefixes(4, window, cf, template)[-1]) - 4 + model.reserve
     cut = examples.prefixes(4, window, cf, template)
     for k, prompt in enumerate(cut, 1):
-        assert prompt == examples.ranking("sequential", 4, window[:k], template, cf[k - 1])
+        assert prompt == examples.ranking_prompt("sequential", 4, window[:k], template, cf[k - 1])
     assert len(cut[-1]) < len(cut[-2]) + 5  # its oldest item went
 
 

@@ -35,7 +35,7 @@ def recommend(model, users, batch_size, top):
         chunk = users[start : start + batch_size]
         had = [dataset.items_of(u) for u in chunk]  # all of it: nothing is being tested here
         prompts = [
-            examples.ranking("sequential", u, items, template, cf)
+            examples.ranking_prompt("sequential", u, items, template, cf)
             for u, items, cf in zip(chunk, had, examples.read_at(chunk, None))
         ]
         for u, found in zip(chunk, best_items(model, prompts, had, top)):

@@ -2,9 +2,7 @@
 of a batch before the device has it. The loss is that of the examples one by one
 (tests/test_packing.py).
 
-Ids from SOFT_BASE on are soft tokens: SOFT_BASE + entity * Q + q is the q-th of an entity. Entities
-0 .. I-1 are the items; I + n is the n-th vector that travels along. It counts within its prompt,
-then its row, then its batch: pack, collate and index_prompts renumber it each time."""
+First the ids of soft tokens, which the definition in ilm.py has too."""
 
 import numpy as np
 import torch
@@ -13,6 +11,21 @@ from torch.nn.utils.rnn import pad_sequence
 from assets.plumbing.trie import index_targets
 
 SOFT_BASE = 1 << 24  # more than any vocabulary has
+
+
+class Prompt(list):
+    """Token ids, and the vectors of those mentioned who are not in the catalogue: (E',) of a user,
+    (E,) of a mixture (a weighted sum of items that somebody typed in a conversation).
+
+    A soft token's id is above every vocabulary: SOFT_BASE + entity * Q + q is the q-th of an
+    entity. Entity i < I is item i, entity I + n is vectors[n]. So a user is nothing that the model
+    knows: their vector travels along. It is counted within its prompt, then its row, then its
+    batch: pack, collate and index_prompts renumber it each time."""
+
+    def __init__(self, ids=(), vectors=()):
+        super().__init__(ids)
+        self.vectors = list(vectors)
+
 
 # ---- Several examples in one row -----------------------------------------------------------------
 
@@ -54,7 +67,7 @@ def pack(examples, num_items=0, Q=1):
     cf, prompts = [], []
     for prompt, *_ in examples:
         prompts.append(shifted(prompt, len(cf), num_items, Q))
-        cf += getattr(prompt, "cf", [])
+        cf += getattr(prompt, "vectors", [])
 
     # How many tokens of the longest prompt each begins with, its own last one aside
     longest, shared = max(prompts, key=len), []
@@ -199,7 +212,7 @@ def index_prompts(prompts, side, num_items, Q):
     rows, cf = [], []
     for prompt in prompts:
         rows.append(torch.tensor(shifted(prompt, len(cf), num_items, Q)))
-        cf += getattr(prompt, "cf", [])
+        cf += getattr(prompt, "vectors", [])
     ids = pad_sequence(rows, True, 0, side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
     return {"ids": ids, "mask": mask} | soft_index(ids, cf, num_items, Q)

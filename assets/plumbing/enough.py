@@ -16,7 +16,7 @@ def check_stage1(args, batches, valid_items):
         )
 
 
-def check_stage2(args, shares, users, held_out):
+def check_stage2(args, shares, users, validation):
     if not shares.sum():
         raise InputError(f"--mix 0 0 ...: {args.data} has no text task to train on")
     if shares[:2].any() and not len(users):
@@ -24,7 +24,7 @@ def check_stage2(args, shares, users, held_out):
             f"{args.data}: no user has two training items, one to read and one to predict; "
             "users need 4 interactions"
         )
-    if not held_out:
+    if not validation:
         raise InputError(
             f"{args.data}: no text task of a validation item to choose a checkpoint by; "
             "--mix needs more than texts"

@@ -49,8 +49,8 @@ def new_names(pairs, known, others):
 
 def whole_vectors(dataset, users):
     """Raw vectors (B, E) of users as ALS has them: all their training items, in no order."""
-    if dataset.user_cf is not None:
-        return dataset.user_cf[users]
+    if dataset.raw_user_cf is not None:
+        return dataset.raw_user_cf[users]
     short = np.diff(dataset.indptr) < 3  # they lend all they have
     histories = [dataset.items_of(u, None if short[u] else "train") for u in users]
     return dataset.solver.still().of_histories(histories)

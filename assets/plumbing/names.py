@@ -1,4 +1,4 @@
-"""The schemes by which data.item_names names items: titles that a tokenizer can tell apart, running
+"""The schemes by which items are named: titles that a tokenizer can tell apart, running
 numbers, and OpenP5's index files."""
 
 import itertools
@@ -9,6 +9,18 @@ from pathlib import Path
 import torch
 
 from assets.plumbing.guard import InputError, reading
+
+SOFT = "<|soft|>"  # one soft token in prompt text; its id never reaches the LLM's embedding table
+
+
+def item_names(dataset, tokenizer, style="title", max_tokens=0):
+    """The string by which each item is named: its title (cut to max_tokens; no two alike), a random
+    number from 1001 (OpenP5's random indexing), or what an index file of OpenP5's says."""
+    if style == "title":
+        return distinct_titles(dataset.items, tokenizer, max_tokens)
+    if style == "random":
+        return random_names(dataset.meta["items"], len(dataset.items))
+    return index_file_names(style, dataset.items)
 
 
 def in_table(table, ids):
@@ -75,17 +87,17 @@ def split_name(line, known):
     return line[:start], line[end:]
 
 
-def distinct_titles(items, tokenizer, max_tokens, soft):
+def distinct_titles(items, tokenizer, max_tokens):
     """Titles, cut to `max_tokens` (0: whole), of which no two are the same tokens; else they get a
     running number within the same length.
 
-    `soft` and the tokenizer's special tokens are taken out: an end token would end its name.
+    SOFT and the tokenizer's special tokens are taken out: an end token would end its name.
     """
 
     def encode(text):
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    special = re.compile("|".join(map(re.escape, [soft, *tokenizer.all_special_tokens])))
+    special = re.compile("|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens])))
     names, equal = {}, []  # {tokens: (id, name)}; ids of titles that are equal to the LLM
     for item in items:
         name = title = special.sub("", item["title"])

@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
 from assets.plumbing.cf import training_moments  # noqa: E402
+from assets.plumbing.names import item_names  # noqa: E402
 from assets.plumbing.run import pick_device, precision  # noqa: E402
 from assets.plumbing.trie import Trie  # noqa: E402
 from assets.toy_world import toy_world  # noqa: E402
@@ -349,7 +350,7 @@ def read_out(dataset, trie, rows, train_rows, steps=600, batch=128):
 def probe(args):
     dataset = data.load_dataset(args.data or "data/toy")
     tokenizer = AutoTokenizer.from_pretrained(args.out)
-    names = data.item_names(dataset, tokenizer, "title", args.name_tokens)
+    names = item_names(dataset, tokenizer, "title", args.name_tokens)
     ids = [tokenizer(" " + name, add_special_tokens=False)["input_ids"] for name in names]
     trie = Trie([[*name, tokenizer.eos_token_id] for name in ids])
     W = len(trie.vocabulary)
