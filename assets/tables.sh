@@ -120,6 +120,18 @@ for part in $parts; do
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
         for seed in 0 1 2; do for k in 1 4 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
+    record)  # minutes until METHODS (one; ilm) ranks ahead of MF at the moment on validation, at two checks in a row; at most an hour
+        method=${METHODS:-ilm} began=$SECONDS steps=0 ahead=0 best=0
+        more="$stage2 $(flags "$method" 0) --lr $(awk -F'\t' -v m="$method" '$1 == m' "$results/search.tsv" | sort -t'	' -k3,3g | head -1 | cut -f2)"
+        while [ $((SECONDS - began)) -lt 3600 ] && [ $ahead -lt 2 ]; do
+            resume=$([ $steps = 0 ] || echo --resume) steps=$((steps + ${EVERY:-50}))
+            python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/record" $more --steps $steps --eval-every "${EVERY:-50}" $resume > /dev/null
+            python evaluate.py --run "$runs/record" --split valid --tasks sequential --batch-size 256 --max-users 2000 > /dev/null
+            ratio=$(python -c "import json; print(round(json.load(open('$runs/record/metrics.json'))['retention'], 3))")
+            best=$(printf '%s\n' "$best" "$ratio" | sort -g | tail -1)
+            ahead=$(awk "BEGIN { print $ratio > 1 ? $ahead + 1 : 0 }")
+            echo "$name $method: $((SECONDS - began)) s, $steps steps, HR@10 on validation $ratio of MF at the moment, best $best"
+        done ;;
     show) python evaluate.py --table "$results"/*.json ;;
     esac
 done
