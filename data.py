@@ -137,8 +137,8 @@ class Dataset:
         return (raw - mean) / deviation
 
     def items_in(self, text_split):
-        """Items with a text whose text belongs to train, valid or test; the last two are held
-        out of every training loss."""
+        """Items with a text whose text belongs to train, valid or test; texts of the last two are
+        held out of every training loss."""
         held_out = self.meta["held_out"]
         if text_split == "train":
             chosen = {*range(len(self.items))}.difference(*held_out.values())

@@ -42,7 +42,7 @@ PRIORS = ("popularity", "uniform", "none")
 
 
 class MLPEncoder(nn.Module):
-    """CoLLM's baseline, (N, E') -> (N, Q, hidden): two layers, which no text ever shaped. W is 0 by
+    """CoLLM's baseline, (N, E') -> (N, Q, hidden): two layers, which have no stage 1. W is 0 by
     default: with the last items behind the vector it overfits."""
 
     def __init__(self, cf_dim, num_queries, llm_width, history=0):
@@ -194,9 +194,9 @@ class ILM(nn.Module):
             logit' = log_count[child] + tau * logit
 
         log_count is the log of a sum over the items below the child, each 1 + its training
-        purchases ("uniform": each 1, so that all names are alike; "none": 0, all children are). tau
-        says how loudly the frozen LLM is heard; it is learned where soft tokens are. So an ILM
-        starts near popularity, and not at a frozen LLM's opinion of titles, which would have to be
+        purchases ("uniform": each 1, so that all names are alike; "none": log_count is 0). tau says
+        how loudly the LLM is heard; it is learned where soft tokens are or the LLM trains. So an
+        ILM starts near popularity, not at a frozen LLM's opinion of titles, which would have to be
         unlearned first: 7.3 nats in place of 9.8 on ML-100K, where popularity has 7.0. DEVIATION:
         the paper has none (--prior none --temperature fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
@@ -239,9 +239,9 @@ class ILM(nn.Module):
         return self.with_history(vector, [self.dataset.items_of(user)])[0]
 
     def shuffle_cf(self):
-        """A control. Items: their CF vectors are dealt out anew at random. Users: Examples puts a
-        stranger's vector and last items in their place, and these items keep their vectors. (A
-        conversation asks user_now, which deals nothing out.) The same for every seed."""
+        """A control, the same for every seed. Items: the rows of self.cf are dealt out anew. Users:
+        Examples (train_stage2.py) reads a stranger's vector and last items in their place, from
+        history_cf, whose rows stay. (A conversation's users stay their own.)"""
         order = torch.from_numpy(np.random.default_rng(0).permutation(self.num_items))
         self.cf.copy_(self.cf[order.to(self.cf.device)])
         self.shuffled = True

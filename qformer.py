@@ -16,7 +16,7 @@ Dimension letters of the six files (assets/ says its own):
     B batch    Q queries = soft tokens per item    M CF key tokens    D Q-Former width    E CF width
     T text tokens (in ilm.py target tokens)    L length of a prompt or packed row    H heads
     V vocabulary    P width of the contrastive space    W items of a history    I items    U users
-    N any number of rows    S keys    "hidden" in a shape: the LLM's width
+    N any number of rows    S keys (in ilm.py soft tokens)    "hidden" in a shape: the LLM's width
     E' = (1 + W) * E: a vector, and behind it those of a user's last W items (zeros for an item)
 """
 

@@ -139,7 +139,7 @@ class Examples:
         longest = self.ranking_prompt("sequential", user, window[:-1], template, cf[-1])
         ends = packing.item_ends(longest, self.model.num_items, self.model.Q)
 
-        # The definition; no soft tokens tell where to cut, or the history had to be shortened
+        # The definition, if no soft tokens tell where to cut, or the history had to be shortened
         if len(ends) < len(window) - 1:
             return [
                 self.ranking_prompt("sequential", user, window[:k], template, cf[k - 1])
