@@ -82,8 +82,16 @@ def step(batch):
     return total
 
 
-def training(name, kind, rows):
-    made = [timed(examples.batch, kind, rows, np.random.default_rng(k)) for k in range(4)]
+def one_a_row(kind, rows, rng):
+    """The batch of the same examples without packing, every prefix a row: what a user would do instead."""
+    kept, examples.pack = examples.pack, list
+    found = sum(examples.rows(kind, rows, rng), [])
+    examples.pack = kept
+    return examples.collate([examples.pack([example]) for example in found])
+
+
+def training(name, kind, rows, batch=examples.batch):
+    made = [timed(batch, kind, rows, np.random.default_rng(k)) for k in range(4)]
     build, batches = statistics.median(seconds for seconds, _ in made), [batch for _, batch in made]
     step(batches[0])  # libraries, kernels
     new = statistics.median(timed(step, batch)[0] for batch in batches[1:])
@@ -123,6 +131,7 @@ def ranking(count):
 for kind in ("sequential", "straightforward"):
     for rows in args.rows:
         training("eager", kind, rows)
+training("one a row", "sequential", args.rows[0], one_a_row)
 for users in args.users:
     ranking(users)
 if args.compile:
