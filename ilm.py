@@ -117,7 +117,8 @@ def make_encoder(config, cf_dim, hidden):
     METHODS of train_stage2.py."""
     if config["method"] == "text":
         return None
-    if config["method"] == "mlp":  # of "qformer", which every run has, it takes W alone
+    if config["method"] == "mlp":
+        # Of "qformer", which every run has, it takes W alone
         return MLPEncoder(cf_dim, config["num_queries"], hidden, config["qformer"]["history"])
     encoder = QFormer(QFormerConfig(**config["qformer"]))
     encoder.freeze_all_but_encode()

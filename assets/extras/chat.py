@@ -1,6 +1,8 @@
-"""Talking to an ILM in the terminal: a conversation in which items and users are mentioned, and ranked lists of recommendations.
+"""Talking to an ILM in the terminal: a conversation in which items and users are mentioned, and
+ranked lists of recommendations.
 
-Everything the model reads goes through ILM.prompt_ids, as in training; this file only finds out who is meant and prints."""
+Everything the model reads goes through ILM.prompt_ids, as in training; this file only finds out who
+is meant and prints."""
 
 import difflib
 import re
@@ -18,13 +20,22 @@ from assets.plumbing.names import numbered
 from assets.plumbing.run import pick_device
 from data import PROMPT_ITEMS, load_prompts
 
-HELP = """Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; a history as {history:ID,ID}; a mixture, an
-item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; a line with the word "recommend" is answered by a ranked list.
-  /recommend MENTIONS   the same, by a prompt from training: for a user, or for someone new who liked the items mentioned
-  /list [N]             items, 20 from the N-th on              /search WORDS   items by title or text
-  /show MENTION         what is known of an item                /new            forget the conversation
-  /remember N           let it read the last N exchanges with each question (chat models start with 9, others with 0)
-  /help                 this                                    /quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"""
+HELP = (
+    "Mention an item as {item:ID} or by a part of its title, [amber]; a user as {user:ID}; "
+    "a history as {history:ID,ID}; a mixture, an\n"
+    "item that does not exist, as {item:ID*0.5+item:ID*0.5}. Ask anything; "
+    'a line with the word "recommend" is answered by a ranked list.\n'
+    "  /recommend MENTIONS   the same, by a prompt from training: "
+    "for a user, or for someone new who liked the items mentioned\n"
+    "  /list [N]             items, 20 from the N-th on              "
+    "/search WORDS   items by title or text\n"
+    "  /show MENTION         what is known of an item                "
+    "/new            forget the conversation\n"
+    "  /remember N           let it read the last N exchanges with each question "
+    "(chat models start with 9, others with 0)\n"
+    "  /help                 this                                    "
+    "/quit           leave (so does Ctrl-D; Ctrl-C stops a reply)"
+)
 
 
 class Printer(TextStreamer):
@@ -46,9 +57,8 @@ class Chat:
     def __init__(self, model):
         self.model, self.items, self.turns = model, model.dataset.items, []
         self.guests = []  # vectors of mixtures: {item:I+n} is guests[n]
-        self.memory = (
-            9 if model.tokenizer.chat_template else 0
-        )  # training showed single questions: an LLM that never chatted gets confused
+        # Training showed single questions: an LLM that never chatted gets confused
+        self.memory = 9 if model.tokenizer.chat_template else 0
         items, users = numbered(item["id"] for item in self.items), numbered(model.dataset.users)
         self.known = {"item": items, "user": users}
         lines = load_prompts(model.config.get("prompts"))
@@ -70,7 +80,8 @@ class Chat:
         return self.known[kind][name]
 
     def titled(self, part):
-        """The item whose title has `part` in it; if several have, or none, the candidates are told."""
+        """The item whose title has `part` in it; if several have, or none, the candidates are
+        told."""
         titles, part = [item["title"].lower() for item in self.items], part.strip().lower()
         found = [i for i, title in enumerate(titles) if title == part] or [
             i for i, title in enumerate(titles) if part and part in title
@@ -87,7 +98,8 @@ class Chat:
         )
 
     def mixture(self, terms):
-        """ID*0.5+item:ID*0.5 -> an entity between its items, one that does not exist (ELM's interpolation), or None if it is no mixture."""
+        """ID*0.5+item:ID*0.5 -> an entity between its items, one that does not exist (ELM's
+        interpolation), or None if it is no mixture."""
         parts = [re.fullmatch(r"(.+)\*(-?\d*\.?\d+)", term) for term in terms.split("+item:")]
         if not all(parts):
             return None
@@ -114,9 +126,8 @@ class Chat:
             )
             return f"{{{kind}:{self.number(kind, name) if entity is None else entity}}}"
 
-        text = CONTROL.sub(
-            " ", text
-        )  # among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
+        # Among them halves of UTF-16 pairs (bytes that are no UTF-8), which no tokenizer takes
+        text = CONTROL.sub(" ", text)
         if bad := re.search(r"\{(?!(?:item|user|history):[^{}])[^{}]*\}", text):
             raise InputError(f"{bad[0]}: mention {{item:ID}}, {{user:ID}} or {{history:ID,ID}}")
         return re.sub(
@@ -126,14 +137,13 @@ class Chat:
     # -- Replies
 
     def answer(self, line):
-        """Print the reply to one line of the conversation: written text, or a ranked list where the line asks to recommend."""
+        """Print the reply to one line of the conversation: written text, or a ranked list where the
+        line asks to recommend."""
         text = self.resolve(line)
         if re.search(r"\brecommend\b", line, re.I) and re.search(r"\{(user|item|history):", text):
             return self.recommend(text, text)
-        printer, named = (
-            Printer(self.model.tokenizer),
-            self.model.Q == 0,
-        )  # items unnamed, as in the text tasks of training
+        # Items unnamed, as in the text tasks of training
+        printer, named = Printer(self.model.tokenizer), self.model.Q == 0
         before = self.turns[max(0, len(self.turns) - 2 * self.memory) :]
         prompt = self.model.prompt_ids([*before, text], named=named, guests=self.guests)
         try:
@@ -146,7 +156,8 @@ class Chat:
         self.turns += [text, printer.text.strip().translate({ord("{"): "(", ord("}"): ")"})]
 
     def recommend(self, text, template=None):
-        """Print the ten best items for the user in `text`, or for a new one, folded in from the items in it. What they had is left out."""
+        """Print the ten best items for the user in `text`, or for a new one, folded in from the
+        items in it. What they had is left out."""
         users = [int(u) for u in re.findall(r"\{user:(\d+)\}", text)]
         history = [
             int(i)
@@ -156,7 +167,8 @@ class Chat:
         history = [i for i in history if i < len(self.items)]
         if not users and not history:
             raise InputError(
-                "for whom? Mention a user, {user:ID}, or items that somebody liked, [title] (no mixtures)"
+                "for whom? Mention a user, {user:ID}, or items that somebody liked, [title] "
+                "(no mixtures)"
             )
         had = [*(int(i) for u in users[:1] for i in self.model.dataset.items_of(u)), *history]
         user, cf = users[0] if users else None, None

@@ -1,5 +1,5 @@
-"""References of evaluate.py: recommenders that need no LLM. Each is a function (dataset, users (B,),
-split) -> scores (B, I), fitted on the training part."""
+"""References of evaluate.py: recommenders that need no LLM. Each is a function (dataset, users
+(B,), split) -> scores (B, I), fitted on the training part."""
 
 from functools import lru_cache, partial
 

@@ -189,7 +189,8 @@ def index(batch, trie, num_items, Q):
 
 def soft_index(ids, cf, num_items, Q):
     """Where the soft tokens of ids (B, L) stand and what they are. cf: of entities I, I + 1, ...
-    (E',) for a user, (E,) for a mixture, which is filled up with zeros -> a dict of tensors, empty where there is no soft token."""
+    (E',) for a user, (E,) for a mixture, which is filled up with zeros -> a dict of tensors, empty
+    where there is no soft token."""
     flat = ids.flatten()
     place = (flat >= SOFT_BASE).nonzero()[:, 0]
     if not len(place):

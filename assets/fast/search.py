@@ -80,8 +80,8 @@ def best_of_each(user, score, n):
 
 
 def continuations(model, trie, hidden, node, score):
-    """States (N, width) after prefixes that have come to nodes (N,) with scores (N,) -> all that may
-    follow: of which prefix (M,), the child (M,), its score (M,)."""
+    """States (N, width) after prefixes that have come to nodes (N,) with scores (N,) -> all that
+    may follow: of which prefix (M,), the child (M,), its score (M,)."""
     parent, child = trie.children(node)
     allowed, column = trie.token[child].unique(return_inverse=True)
     logit = model.llm.head(hidden, allowed)[parent, column]

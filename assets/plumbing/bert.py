@@ -1,4 +1,5 @@
-"""Starting the Q-Former from BERT's weights, as BLIP-2 and the paper do (train_stage1.py --init-bert)."""
+"""Starting the Q-Former from BERT's weights, as BLIP-2 and the paper do (train_stage1.py
+--init-bert)."""
 
 import torch
 from transformers import AutoModelForMaskedLM
@@ -39,19 +40,21 @@ def start_from(bert, name, model):
 
 @torch.no_grad()
 def init_from_bert(model, state):
-    """Copy a BERT state dict into the text branch, and its feed-forward into the queries' as well (BLIP-2's start).
+    """Copy a BERT state dict into the text branch, and its feed-forward into the queries' as well
+    (BLIP-2's start).
 
-    The word table may be longer than BERT's and the position table shorter; the rest has to fit. Cross-attention stays random.
-    Returns two lists: the names of our parameters that were loaded, and of those that were not."""
+    The word table may be longer than BERT's and the position table shorter; the rest has to fit.
+    Cross-attention stays random. Returns two lists: the names of our parameters that were loaded,
+    and of those that were not."""
     renamed, loaded = {}, []
     for name, tensor in state.items():
         for theirs, ours in BERT_NAMES:
             name = name.replace(theirs, ours)
         renamed[name] = tensor
     kinds = renamed.get("embeddings.token_type_embeddings.weight")
-    if (
-        kinds is not None
-    ):  # BERT adds "sentence A" to every token; as part of the positions it stays, and the text branch *is* BERT
+    # BERT adds "sentence A" to every token; as part of the positions it stays, and the text
+    # branch *is* BERT
+    if kinds is not None:
         renamed["positions.weight"] = renamed["positions.weight"] + kinds[0]
     for name, parameter in model.named_parameters():
         source = renamed.get(name.replace("query_ffn", "text_ffn"))
@@ -64,7 +67,8 @@ def init_from_bert(model, state):
         )
         if source[:rows].shape != parameter[:rows].shape:
             raise ValueError(
-                f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs {tuple(parameter.shape)}; set --width"
+                f"{name}: BERT has {tuple(source.shape)}, this Q-Former needs "
+                f"{tuple(parameter.shape)}; set --width"
             )
         parameter[:rows] = source[:rows]
         loaded.append(name)

@@ -95,8 +95,8 @@ def check_request(dataset, source, items, columns, out, cf, cf_dim, reg, a0):
         raise InputError(f"--cf-dim {cf_dim}: the vectors of --cf {cf} have a width; leave one out")
     if dataset == "toy" and (source or items or columns):
         raise InputError(
-            "--source, --items and --columns need --dataset csv, movielens or openp5; the toy world "
-            "has no files"
+            "--source, --items and --columns need --dataset csv, movielens or openp5; the toy "
+            "world has no files"
         )
     if dataset != "toy" and not source:
         raise InputError(

@@ -4,7 +4,8 @@ an LLM is used to read them, by its chat template if its tokenizer has one."""
 import datetime
 import re
 
-# What a template gets that writes today's date: a run must not change overnight. config.json keeps it
+# What a template gets that writes today's date: a run must not change overnight.
+# config.json keeps it
 CHAT_DATE = "2024-07-26"
 
 MENTION = re.compile(r"\{(user|history|item)(?::([\d,]+))?\}")

@@ -1,7 +1,9 @@
-"""What stands between the scripts and the world: flags, files, signals, messages. No machine learning here.
+"""What stands between the scripts and the world: flags, files, signals, messages. No machine
+learning here.
 
-Promised, and tested in tests/test_robustness.py and tests/test_interruption.py: a user's mistake, an unreadable file or a full disk
-(status 2) and a signal (status 130 or 143) end in one line on stderr; files change all together or not at all, also under kill -9."""
+Promised, and tested in tests/test_robustness.py and tests/test_interruption.py: a user's mistake,
+an unreadable file or a full disk (status 2) and a signal (status 130 or 143) end in one line on
+stderr; files change all together or not at all, also under kill -9."""
 
 import argparse
 import math
@@ -16,10 +18,10 @@ from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
-signals = SimpleNamespace(
-    gently=False, came=None
-)  # gently: a first signal is noted here and waits for the end of a training step
-# Terminal escapes and other controls, overrides of the writing direction, halves of UTF-16 pairs (which no file can hold)
+# gently: a first signal is noted here and waits for the end of a training step
+signals = SimpleNamespace(gently=False, came=None)
+# Terminal escapes and other controls, overrides of the writing direction, halves of UTF-16 pairs
+# (which no file can hold)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -28,19 +30,22 @@ class InputError(ValueError):
 
 
 class Interrupted(BaseException):
-    """The number of a signal, and what to do next. No KeyboardInterrupt, which a conversation catches (assets/extras/chat.py)."""
+    """The number of a signal, and what to do next. No KeyboardInterrupt, which a conversation
+    catches (assets/extras/chat.py)."""
 
 
 def printable(text):
-    """One line without control characters: no title can move the cursor, colour the terminal or forge a second line."""
+    """One line without control characters: no title can move the cursor, colour the terminal or
+    forge a second line."""
     return " ".join(CONTROL.sub(" ", str(text)).split())
 
 
-# ---- Scripts and their flags -----------------------------------------------------------------------------------------
+# ---- Scripts and their flags ---------------------------------------------------------------------
 
 
 def run_script(main):
-    """Run a script's main(): a user's mistake or a signal becomes one line on stderr, never a traceback."""
+    """Run a script's main(): a user's mistake or a signal becomes one line on stderr, never a
+    traceback."""
 
     def stop(number, _):
         if signals.gently and not signals.came:
@@ -58,14 +63,12 @@ def run_script(main):
 
     signals.gently, signals.came = False, None
     for stream in (sys.stdout, sys.stderr):
-        with suppress(
-            AttributeError
-        ):  # letters that a terminal's encoding lacks come out as escapes
+        # Letters that a terminal's encoding lacks come out as escapes
+        with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # nohup and background jobs ignore Ctrl-C: so do we
+        # nohup and background jobs ignore Ctrl-C: so do we
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
     try:
         main()
@@ -83,7 +86,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high. Neither end nor anything between is nan."""
+    """A type for argparse: an int or a float from low to high. Neither end nor anything between is
+    nan."""
 
     def convert(text):
         value = kind(text)
@@ -100,12 +104,13 @@ def within(kind, low, high=math.inf):
 a_seed = within(int, 0, 2**32 - 1)
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def reading(path, remedy):
-    """Whatever goes wrong while a stranger's file is parsed is the file's fault: one line that names it."""
+    """Whatever goes wrong while a stranger's file is parsed is the file's fault: one line that
+    names it."""
     try:
         yield
     except (InputError, BrokenPipeError):  # the latter: `| head`
@@ -129,16 +134,16 @@ def writing(path, *kinds):
         raise
     except (OSError, *kinds) as error:
         raise WriteError(
-            f"{path} cannot be written, what stood there is kept ({error}); free some space or name another place"
+            f"{path} cannot be written, what stood there is kept ({error}); free some space or "
+            "name another place"
         ) from None
 
 
 def write_file(path, write):
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with writing(
-        path, RuntimeError, SafetensorError
-    ):  # torch and safetensors have their own words for a full disk
+    # torch and safetensors have their own words for a full disk
+    with writing(path, RuntimeError, SafetensorError):
         try:
             write(temporary)
             os.replace(temporary, path)
@@ -148,9 +153,10 @@ def write_file(path, write):
 
 
 def write_atomically(folder, write, keep=False):
-    """Let write(a new folder) make some files, then move them all into `folder`. Killed before the new folder is called tmp-ready,
-    nothing has changed; killed after it, the next reader or writer ends the move. What else stands in `folder` stays there. keep: the
-    files that get replaced go to `previous`, if there is none yet."""
+    """Let write(a new folder) make some files, then move them all into `folder`. Killed before the
+    new folder is called tmp-ready, nothing has changed; killed after it, the next reader or writer
+    ends the move. What else stands in `folder` stays there. keep: the files that get replaced go to
+    `previous`, if there is none yet."""
     fresh = (folder := Path(folder)) / "tmp-new"
     with writing(folder):
         try:
@@ -170,21 +176,22 @@ def write_atomically(folder, write, keep=False):
 
 
 def drop_previous(folder):
-    """What write_atomically kept is kept no more; the name goes first, so that no half of it is ever there."""
+    """What write_atomically kept is kept no more; the name goes first, so that no half of it is
+    ever there."""
     with suppress(FileNotFoundError):
         os.rename(Path(folder) / "previous", Path(folder) / "tmp-new")
         shutil.rmtree(Path(folder) / "tmp-new")
 
 
 def end_move(folder, tidy=False):
-    """The second half of write_atomically; where it was killed, the rest of it. metrics.json tells of files that are no more.
-    tidy: remove what a killed write_file has left; for those who write alone in the folder."""
+    """The second half of write_atomically; where it was killed, the rest of it. metrics.json tells
+    of files that are no more. tidy: remove what a killed write_file has left; for those who write
+    alone in the folder."""
     for left in Path(folder).glob("*.tmp-*") if tidy else ():
         left.unlink(missing_ok=True)
     ready, keep = Path(folder) / "tmp-ready", Path(folder) / "tmp-ready" / "previous"
-    with suppress(
-        FileNotFoundError, NotADirectoryError
-    ):  # nothing to move, or another process does the same
+    # Nothing to move, or another process does the same
+    with suppress(FileNotFoundError, NotADirectoryError):
         for name in [*sorted({f.name for f in ready.iterdir()} - {"previous"}), "metrics.json"]:
             new, old = ready / name, Path(folder) / name
             if keep.exists() and old.exists():

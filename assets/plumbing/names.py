@@ -110,8 +110,8 @@ def distinct_titles(items, tokenizer, max_tokens):
             if name and tokens not in names and not too_long:
                 break
 
-            # A number that the tokenizer does not see either; `before` is a numbered name, since one
-            # that was cut may end in a number by itself
+            # A number that the tokenizer does not see either; `before` is a numbered name, since
+            # one that was cut may end in a number by itself
             unseen = count > 2 and tokens == before
             unseen = unseen or not tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if name and tokens in names and unseen:

@@ -1,5 +1,6 @@
-"""What surrounds a run: device and precision, checkpoints and what they were trained on, the run directory, several processes. No
-method here; read it when you want to know how --resume, torchrun or a checkpoint's safety work."""
+"""What surrounds a run: device and precision, checkpoints and what they were trained on, the run
+directory, several processes. No method here; read it when you want to know how --resume, torchrun
+or a checkpoint's safety work."""
 
 import inspect
 import json
@@ -46,13 +47,12 @@ LOCAL_ARGS = (
     "batch_tokens",
 )
 
-# ---- Device and precision --------------------------------------------------------------------------------------------
+# ---- Device and precision ------------------------------------------------------------------------
 
 
 def pick_device(name=None):
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it builds a plan for every new shape of a batch, and no two are alike
+    # cuDNN's attention builds a plan for every new shape of a batch, and no two are alike
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with reading(f"--device {name}", "cpu always works"):
         return torch.zeros(
             0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,8 @@ def pick_device(name=None):
 
 
 def precision(device):
-    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on those that do not, fp32 on CPU."""
+    """The number type of autocast: bf16 on CUDA devices that have it, fp16 (with a GradScaler) on
+    those that do not, fp32 on CPU."""
     if device.type != "cuda":
         return torch.float32
     return (
@@ -73,25 +74,28 @@ def autocast(device):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-# ---- Checkpoints, ours and strangers' --------------------------------------------------------------------------------
+# ---- Checkpoints, ours and strangers' ------------------------------------------------------------
 
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_name(name, flag):
-    """The folder of a model, or its hub id. What is not in the working directory may be beside the scripts: assets/toy_llm."""
+    """The folder of a model, or its hub id. What is not in the working directory may be beside the
+    scripts: assets/toy_llm."""
     if not Path(name).exists() and (ROOT / name).is_dir():
         return str(ROOT / name)
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(
-            f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like org/model)"
+            f"{flag} {name}: no such folder (give a folder with config.json, or a hub id like "
+            "org/model)"
         )
     return name
 
 
 def from_pretrained(auto_class, name, flag, **kwargs):
-    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code that comes with it is not run."""
+    """auto_class.from_pretrained of a folder or a hub id; what goes wrong is said in one line. Code
+    that comes with it is not run."""
     name = check_name(name, flag)
     with reading(
         f"{flag} {name}",
@@ -109,7 +113,8 @@ def load_weights(parameters, path):
     ]
     if wrong:
         raise InputError(
-            f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is {wrong[0]})"
+            f"{path}: does not fit this configuration ({len(wrong)} tensors differ, the first is "
+            f"{wrong[0]})"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -124,12 +129,14 @@ REQUIRED_KEYS = {"stage1": {"losses", "text_fraction"}, "stage2": {*STAGE2_KEYS.
 
 
 def read_config(run, kind=None):
-    """config.json of a run directory of the given kind, stage1, stage2 or any. Ends a save that a kill has cut short."""
+    """config.json of a run directory of the given kind, stage1, stage2 or any. Ends a save that a
+    kill has cut short."""
     end_move(run)
     path = Path(run) / "config.json"
     if not path.is_file() or not (Path(run) / "model.safetensors").is_file():
         raise InputError(
-            f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run train_{kind or 'stage2'}.py"
+            f"{run}: not a finished {kind or ''} run (no config.json and model.safetensors); run "
+            f"train_{kind or 'stage2'}.py"
         )
     with reading(path, "not what our training scripts write; train again"):
         config = json.loads(path.read_text())
@@ -139,7 +146,8 @@ def read_config(run, kind=None):
             {"data", "seed", "steps", "lr", "qformer"} | REQUIRED_KEYS[config["kind"]]
         ) - {*config}:
             raise InputError(
-                f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts write; train again"
+                f"{path}: has no {', '.join(sorted(missing))}; not what our training scripts "
+                "write; train again"
             )
     return config
 
@@ -151,8 +159,9 @@ def describe(args, dataset, **more):
 
 
 def fingerprint(dataset):
-    """What a run's config.json keeps to know its data set again: sizes, which items are held out (the sums of their numbers), and 16 CF
-    numbers each of items and users (equal up to rounding on other machines)."""
+    """What a run's config.json keeps to know its data set again: sizes, which items are held out
+    (the sums of their numbers), and 16 CF numbers each of items and users (equal up to rounding on
+    other machines)."""
     some = lambda cf: [round(x, 3) for x in cf.flatten()[:: max(1, cf.numel() // 16)][:16].tolist()]
     return [
         len(dataset.users),
@@ -180,13 +189,13 @@ def check_fingerprint(config, dataset, run):
         )
     if not same:
         raise InputError(
-            f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds out other items; train "
-            "again, or name the former"
+            f"{run}: was trained on {config['data']}, {dataset.path} has other CF vectors or holds "
+            "out other items; train again, or name the former"
         )
     return dataset
 
 
-# ---- The run directory of a training script ---------------------------------------------------------------------------
+# ---- The run directory of a training script ------------------------------------------------------
 
 
 def stop_unless_finite(values, step):
@@ -199,8 +208,9 @@ def stop_unless_finite(values, step):
 
 
 def check_step(losses, step, norm, scaler):
-    """A loss that is not finite leaves no finite gradient: one look at the gradient's norm is enough. With fp16 an overflow of the
-    gradient alone is the scaler's business: it skips the step, and the log shows its scale."""
+    """A loss that is not finite leaves no finite gradient: one look at the gradient's norm is
+    enough. With fp16 an overflow of the gradient alone is the scaler's business: it skips the step,
+    and the log shows its scale."""
     if not math.isfinite(norm):
         stop_unless_finite({f"loss {name}": x.item() for name, x in losses.items()}, step)
         if not scaler.is_enabled():
@@ -318,8 +328,8 @@ class RunDirectory:
     # -- checkpoints
 
     def save(self, step, loss=None, targets=0):
-        """Called after each validation: the state always, the weights when they are the best so far.
-        loss=None: the state alone."""
+        """Called after each validation: the state always, the weights when they are the best so
+        far. loss=None: the state alone."""
         better = False
         if loss is not None:
             stop_unless_finite({"loss validation": loss}, step)
@@ -366,7 +376,8 @@ class RunDirectory:
 
 
 def progress(start, steps, what):
-    """range(start, steps + 1) with a progress bar, silent where there is no terminal (disable=None)."""
+    """range(start, steps + 1) with a progress bar, silent where there is no terminal
+    (disable=None)."""
     return tqdm(
         range(start, steps + 1),
         desc=what,
@@ -377,10 +388,11 @@ def progress(start, steps, what):
     )
 
 
-# ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ------------------------------------------
-# N processes make the run that one would make (dropout apart). A batch is drawn whole by each; each computes its own rows; gradients
-# are averaged by DistributedDataParallel. So a loss that is a mean over rows is scaled by (its own count) * N / (count of all), and a
-# contrastive loss, which needs every row beside every other, is computed whole by each from gathered features.
+# ---- More than one process: torchrun --nproc_per_node N train_stage1.py ... ----------------------
+# N processes make the run that one would make (dropout apart). A batch is drawn whole by each; each
+# computes its own rows; gradients are averaged by DistributedDataParallel. So a loss that is a mean
+# over rows is scaled by (its own count) * N / (count of all), and a contrastive loss, which needs
+# every row beside every other, is computed whole by each from gathered features.
 
 
 def start_processes(args):
@@ -390,7 +402,8 @@ def start_processes(args):
         return device, 0, 1
     if args.batch_size % world:
         raise InputError(
-            f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share it"
+            f"--batch-size {args.batch_size}: not a multiple of the {world} processes, which share "
+            "it"
         )
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
@@ -513,6 +526,6 @@ def run_training(main):
         ):
             raise
         raise SystemExit(
-            f"error: process {dist.get_rank()}: lost another process of this run; the last checkpoint is kept, "
-            "go on with --resume"
+            f"error: process {dist.get_rank()}: lost another process of this run; the last "
+            "checkpoint is kept, go on with --resume"
         ) from None

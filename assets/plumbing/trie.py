@@ -94,8 +94,8 @@ def segment_logsumexp(x, segment, num_segments):
 def index_targets(trie, token, node):
     """What ILM.log_p has to know of target tokens (T,), worked out on the CPU: which of them are
     words of a text (node -1), and of those that are part of a name all children of their nodes
-    (T,), among which p is divided (ragged: child[m] belongs to name_at[parent[m]]), and which child is
-    meant."""
+    (T,), among which p is divided (ragged: child[m] belongs to name_at[parent[m]]), and which child
+    is meant."""
     word_at, name_at = (node < 0).nonzero()[:, 0], (node >= 0).nonzero()[:, 0]
     parent, child = trie.children(node[name_at])
     own_child = (trie.token[child] == token[name_at][parent]).nonzero()[:, 0]

@@ -1,18 +1,26 @@
-"""Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and has never seen an interaction.
+r"""Makes the toy LLM of this folder: a small Llama that knows the toy world's movies from text and
+has never seen an interaction.
 
-    python assets/toy_llm/pretrain.py            # writes config, weights and tokenizer beside this file; about 12 minutes on two cores
-    python assets/toy_llm/pretrain.py --probe    # prints its read-out ceiling on data/toy (run `python data.py` before)
-    python assets/toy_llm/pretrain.py --probe --widths 160 768 --data data/ml-100k      # how wide an LLM for other items has to be
-    python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k --vocab 3072 --width 768 --layers 2 --mlp-width 512
+    # Writes config, weights and tokenizer beside this file; about 12 minutes on two cores
+    python assets/toy_llm/pretrain.py
 
-It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one from its description, list
-and recommend movies *in words*. It then stays frozen for good.
+    # Prints its read-out ceiling on data/toy (run `python data.py` before)
+    python assets/toy_llm/pretrain.py --probe
 
-One thing is unusual, and it matters. A frozen LLM ranks items by h . e_w with h its normalised last state and e_w fixed rows of
-its head, so it can only express user tastes that these rows span, as sharply as their size allows. In an LLM pretrained from the
-usual small random rows (std .02) the rows of the title words end up nearly parallel, and a recommender's signal is lost in the
-very last multiplication. Here head and embedding are untied and *start* at norms 2 and 1, without weight decay, which keeps
-the rows well-conditioned. `--probe` measures what is left of the ceiling.
+    # How wide an LLM for other items has to be, and how it is made
+    python assets/toy_llm/pretrain.py --probe --widths 160 768 --data data/ml-100k
+    python assets/toy_llm/pretrain.py --data data/ml-100k --out out/llm/ml-100k \
+        --vocab 3072 --width 768 --layers 2 --mlp-width 512
+
+It stands in for the big pretrained LLM of the paper: it can describe a movie, compare two, name one
+from its description, list and recommend movies *in words*. It then stays frozen for good.
+
+One thing is unusual, and it matters. A frozen LLM ranks items by h . e_w with h its normalised last
+state and e_w fixed rows of its head, so it can only express user tastes that these rows span, as
+sharply as their size allows. In an LLM pretrained from the usual small random rows (std .02) the
+rows of the title words end up nearly parallel, and a recommender's signal is lost in the very last
+multiplication. Here head and embedding are untied and *start* at norms 2 and 1, without weight
+decay, which keeps the rows well-conditioned. `--probe` measures what is left of the ceiling.
 """
 
 import argparse
@@ -48,7 +56,7 @@ from assets.toy_world import toy_world  # noqa: E402
 END, PAD = "<|end|>", "<|pad|>"
 
 
-# ---- The corpus: documents about the world, drawn without end --------------------------------------------------------
+# ---- The corpus: documents about the world, drawn without end ------------------------------------
 # A movie in {history} stands by its name, a {user} by tastes in words: "user (western, tense)".
 
 
@@ -58,15 +66,12 @@ class Corpus:
             [item for item in items if item["attributes"]],
             np.random.default_rng(seed),
         )
-        self.ranking = [
-            t for t in templates if t[1] == "seen" and t[0] in data.RANKING_TASKS
-        ]  # unseen prompts stay unseen
+        # Unseen prompts stay unseen
+        self.ranking = [t for t in templates if t[1] == "seen" and t[0] in data.RANKING_TASKS]
         self.questions = [t for t in templates if t[0] not in data.RANKING_TASKS]
         self.names = sorted({name for item in self.items for name in item["attributes"]})
-        self.codes, by_value = (
-            np.full((len(self.items), len(self.names)), -1),
-            {},
-        )  # which value an item has, -1 for none
+        # Which value an item has, -1 for none
+        self.codes, by_value = np.full((len(self.items), len(self.names)), -1), {}
         for i, item in enumerate(self.items):
             for name, value in item["attributes"].items():
                 by_value.setdefault((name, value), (len(by_value), []))[1].append(item)
@@ -131,12 +136,16 @@ class Corpus:
 
     def listing(self):
         (name, value), movies = self.pick(self.values)
-        return f"Movies with {name} {value}: {', '.join(m['title'] for m in self.some(movies, 3, 10))}."
+        return (
+            f"Movies with {name} {value}: "
+            f"{', '.join(m['title'] for m in self.some(movies, 3, 10))}."
+        )
 
     def recommendation(self):
-        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told in words, by titles that meet them, or
-        not at all; history and answer are drawn by how many of the tastes a movie meets. No user of the data is involved, nor the toy
-        world's hidden trait, order or weights."""
+        """The ranking tasks of its own prompts.txt for an invented person: up to five tastes, told
+        in words, by titles that meet them, or not at all; history and answer are drawn by how many
+        of the tastes a movie meets. No user of the data is involved, nor the toy world's hidden
+        trait, order or weights."""
         _, _, prompt, target = self.pick(self.ranking)
         liked = self.rng.integers(len(self.items))
         tastes = self.some(np.flatnonzero(self.codes[liked] >= 0), 1, 5)
@@ -151,18 +160,21 @@ class Corpus:
             [self.items[i] for i in chosen],
         )
         chosen = [item for item in chosen if item not in known]
-        history, answer = (
-            (chosen[:-1], chosen[-1]) if "{history}" in prompt else ([], chosen[0])
-        )  # unseen ones must not use up the best
+        # Unseen ones must not use up the best
+        history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ([], chosen[0])
         words = [self.items[liked]["attributes"][self.names[k]] for k in tastes]
         titles = [item["title"] for item in self.some(known, 1, 4)]
         told = self.pick([words, words, titles] + ([[], self.some(words, 0, 5)] if history else []))
         user = f"user ({', '.join(told)})" if told else "user"
-        return f"{prompt.format(user=user, history=', '.join(m['title'] for m in history))} {target.format(target=answer['title'])}"
+        return (
+            f"{prompt.format(user=user, history=', '.join(m['title'] for m in history))} "
+            f"{target.format(target=answer['title'])}"
+        )
 
 
 def make_tokenizer(corpus, templates, vocab_size):
-    """Byte-level BPE on the corpus; every title of the toy world must begin with one token of its own (read-out ceiling)."""
+    """Byte-level BPE on the corpus; every title of the toy world must begin with one token of its
+    own (read-out ceiling)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -235,8 +247,9 @@ def train(args):
     torch.nn.init.normal_(model.lm_head.weight, std=2 / math.sqrt(args.width))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / math.sqrt(args.width))
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, loss at step 0 about ln V = "
-        f"{math.log(len(tokenizer)):.2f} and more (the head's rows are long)"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
+        f"loss at step 0 about ln V = {math.log(len(tokenizer)):.2f} and more "
+        "(the head's rows are long)"
     )
     model.to(device)
     optimizer = torch.optim.AdamW(
@@ -275,9 +288,9 @@ def train(args):
     tokenizer.save_pretrained(args.out)
 
 
-# ---- The read-out ceiling ----------------------------------------------------------------------------
-# A user at a moment -> linear -> final norm -> head, no LLM layers in between and the same state at every
-# node of the trie of names, against the same into a free head.
+# ---- The read-out ceiling ------------------------------------------------------------------------
+# A user at a moment -> linear -> final norm -> head, no LLM layers in between and the same state at
+# every node of the trie of names, against the same into a free head.
 
 
 def tree_scores(trie, logits):
@@ -306,7 +319,8 @@ def tree_scores(trie, logits):
 
 
 def read_out(dataset, trie, rows, train_rows, steps=600, batch=128):
-    """Best validation HR@10 of a linear map from users at a moment into rows (W, D) of a head, trained on training moments."""
+    """Best validation HR@10 of a linear map from users at a moment into rows (W, D) of a head,
+    trained on training moments."""
     torch.manual_seed(0)
     D, E = rows.shape[1], dataset.raw_cf.shape[1]
     rows, linear = torch.nn.Parameter(rows.clone(), requires_grad=train_rows), torch.nn.Linear(E, D)
@@ -374,24 +388,26 @@ def probe(args):
     if args.widths:
         return
     model = AutoModelForCausalLM.from_pretrained(args.out)
+    # The norm's gain folded in
     rows = (
         (model.get_output_embeddings().weight * model.model.norm.weight)[trie.vocabulary]
         .detach()
         .float()
-    )  # the norm's gain folded in
+    )
     singular = torch.linalg.svdvals(rows)
     ours, free = (
         read_out(dataset, trie, rows, False),
         read_out(dataset, trie, random_rows(rows.shape[1]), True),
     )
     print(
-        f"read-out ceiling at the moment, valid HR@10: frozen head {ours:.3f}, free head {free:.3f}, ratio {ours / free:.3f}; "
+        f"read-out ceiling at the moment, valid HR@10: frozen head {ours:.3f}, "
+        f"free head {free:.3f}, ratio {ours / free:.3f}; "
         f"singular values of the {W} rows of names {singular[0]:.2f} to {singular[-1]:.2f}"
     )
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--name-tokens", type=int, default=0, help="with --probe: as in train_stage2.py")
     p.add_argument(
         "--probe", action="store_true", help="measure the read-out ceiling of what is in --out"
