@@ -129,7 +129,7 @@ for part in $parts; do
             python evaluate.py --run "$runs/record" --split valid --tasks sequential --batch-size 256 --max-users 2000 > /dev/null
             ratio=$(python -c "import json; print(round(json.load(open('$runs/record/metrics.json'))['retention'], 3))")
             best=$(printf '%s\n' "$best" "$ratio" | sort -g | tail -1)
-            ahead=$(awk "BEGIN { print $ratio > 1 ? $ahead + 1 : 0 }")
+            ahead=$(awk "BEGIN { print ($ratio > 1 ? $ahead + 1 : 0) }")
             echo "$name $method: $((SECONDS - began)) s, $steps steps, HR@10 on validation $ratio of MF at the moment, best $best"
         done ;;
     show) python evaluate.py --table "$results"/*.json ;;
