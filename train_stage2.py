@@ -140,7 +140,7 @@ class Examples:
         ends = packing.item_ends(longest, self.model.num_items, self.model.Q)
 
         # The definition, if no soft tokens tell where to cut, or the history had to be shortened
-        if len(ends) < len(window) - 1:
+        if len(ends) != len(window) - 1:
             return [
                 self.ranking_prompt("sequential", user, window[:k], template, cf[k - 1])
                 for k in range(1, len(window))
