@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes the tables of assets/docs/RESULTS.md from nothing:   bash assets/tables.sh toy    (or ml100k, beauty, ml1m; PARTS="search main" for some of the parts)
+# PARTS=record: how many seconds until METHODS (one; ilm) ranks ahead of MF at the moment on validation.
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
 # A method may end in -h0, -h20 (so many items of the history beside the user's vector), in -none, -uniform, -tau1 (prior and temperature), in -k8 (soft tokens an item).
 # ml100k-texts, beauty-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
