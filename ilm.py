@@ -50,7 +50,7 @@ class MLPEncoder(nn.Module):
         read, middle = cf_dim * (1 + history), 10 * cf_dim  # E', 10 E
         layers = nn.Linear(read, middle), nn.ReLU(), nn.Linear(middle, num_queries * llm_width)
         self.net = nn.Sequential(*layers)
-        self.num_queries, self.width, self.W = num_queries, llm_width, history
+        self.num_queries, self.width, self.history = num_queries, llm_width, history
 
     def encode(self, cf):
         return self.net(cf).view(len(cf), self.num_queries, -1)
@@ -150,13 +150,13 @@ class ILM(nn.Module):
 
         # Vectors; those of histories stay on the CPU, since users' vectors travel with the batch
         self.register_buffer("cf", dataset.item_cf.clone(), persistent=False)
-        self.W = getattr(encoder, "W", 0)
+        self.W = getattr(encoder, "history", 0)
         self.history_cf = nn.functional.pad(dataset.item_cf, (0, 0, 0, 1))  # item I: none
         self.shuffled = False
         if config["shuffle_cf"]:
             self.shuffle_cf()
 
-        # Is what we compute what the LLM itself computes? Can its rows be packed?
+        # Is what we compute what the LLM computes? Can its rows be packed?
         llm.check(torch.tensor([sum(self.name_ids[:4], [])[:16]]))
         if config["full_vocabulary"]:
             self.set_prior("none", "fixed")  # its loss knows no trie

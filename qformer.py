@@ -204,7 +204,7 @@ class QFormer(nn.Module):
         D, W = config.width, config.history
         heads = config.heads or next(h for h in range(max(1, D // 32), 0, -1) if D % h == 0)
         self.config = config = replace(config, heads=heads)
-        self.width, self.W = D, W
+        self.width, self.history = D, W
 
         # What the layers read
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, D))
@@ -252,7 +252,7 @@ class QFormer(nn.Module):
                 nn.init.normal_(cross.out.weight, std=D**-0.5)
 
         # The history says nothing at first, and learns what the vector leaves out
-        if self.W:
+        if self.history:
             nn.init.normal_(self.history_keys.linear.weight, std=E**-0.5)
             nn.init.normal_(self.history_keys.places, std=1.0)
         for layer in self.layers:
@@ -281,7 +281,7 @@ class QFormer(nn.Module):
         if cf is not None:
             Q, E = self.config.num_queries, self.config.cf_dim
             cf_keys = self.cf_keys(cf[:, :E])  # (B, M, D)
-            if self.W and cf.shape[1] > E:
+            if self.history and cf.shape[1] > E:
                 history_keys = self.history_keys(cf[:, E:])
 
         # Who may see whom

@@ -121,7 +121,7 @@ for part in $parts; do
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
         for seed in 0 1 2; do for k in 1 4 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;
-    record)  # minutes until METHODS (one; ilm) ranks ahead of MF at the moment on validation, at two checks in a row; at most an hour
+    record)  # until it is ahead at two checks in a row; at most an hour
         method=${METHODS:-ilm} began=$SECONDS steps=0 ahead=0 best=0
         more="$stage2 $(flags "$method" 0) --lr $(awk -F'\t' -v m="$method" '$1 == m' "$results/search.tsv" | sort -t'	' -k3,3g | head -1 | cut -f2)"
         while [ $((SECONDS - began)) -lt 3600 ] && [ $ahead -lt 2 ]; do

@@ -40,6 +40,21 @@ def test_a_prompt_carries_its_users_at_their_moment(make_ilm):
     assert make_ilm("text").prompt_ids("For {user}:", user=7).vectors == []
 
 
+def test_an_encoder_that_names_a_history_reads_the_last_items_as_well(make_ilm, monkeypatch):
+    class Reads(torch.nn.Module):
+        width, history = 6, 3
+
+        def encode(self, cf):
+            assert cf.shape[1] == (1 + 3) * 12
+            return cf[:, :12].reshape(-1, 2, 6)
+
+    monkeypatch.setattr(ilm, "make_encoder", lambda *_: Reads())
+    model = make_ilm(num_queries=2)
+    vector, = model.prompt_ids("For {user}:", user=7).vectors
+    latest = model.dataset.items_of(7)[::-1][:3].copy()
+    assert model.W == 3 and torch.equal(vector[12:], model.dataset.item_cf[latest].flatten())
+
+
 def test_an_encoder_that_names_no_history_reads_plain_vectors(make_ilm, monkeypatch):
     class Plain(torch.nn.Module):
         width = 6

@@ -25,7 +25,7 @@ class ComputesLess:
 
     def match_logits(self, cf, text_ids, text_mask, item, text):
         Q, cf_keys = self.config.num_queries, self.cf_keys(cf[item])
-        assert not self.W, "in stage 1 nobody has a history"
+        assert not self.history, "in stage 1 nobody has a history"
         mask = F.pad(text_mask, (Q, 0), value=True)[:, None, None]  # all see all but padding
         x = self.embed(Q, text_ids)  # (B, Q+T, D)
         for layer in self.layers:
