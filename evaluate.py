@@ -41,6 +41,7 @@ from train_stage1 import TEXT_LOSSES, evaluate_texts
 from train_stage2 import KINDS, Examples, load_stage1
 
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
+TEXT_CONTROLS = (*CONTROLS, "title")  # the one above: the LLM reads which item it is
 
 
 def batches(rows, size):
@@ -280,19 +281,19 @@ def evaluate_text(examples, args):
 # ---- One run ------------------------------
 
 
-def controls(model):
+def controls(model, names=CONTROLS):
     """Yield (name, Examples of a model whose soft tokens lack the signal): what does not fall there
     did not come from them. The model is a copy; the frozen LLM and the data are shared."""
     shared = {id(part): part for part in (model.llm, model.tokenizer, model.dataset)}
-    for name in CONTROLS:
+    for name in names:
         control = copy.deepcopy(model, dict(shared))
         if name == "shuffled_cf":
             control.shuffle_cf()  # the vectors of others
         elif name == "zero_soft_tokens":
             control.adapter.gain.fill_(0)
         else:
-            control.Q = 0  # items by name, a user by id; in text tasks "this item"
-        yield name, Examples(control, control.dataset)
+            control.Q = 0  # items by name, a user by id; in text tasks "this item", or its title
+        yield name, Examples(control, control.dataset, titles=name == "title")
 
 
 def evaluate_stage2(run, config, args, device):
@@ -330,7 +331,8 @@ def evaluate_stage2(run, config, args, device):
             }
         if "text" in out:
             out["text_controls"] = {
-                name: evaluate_text(control, args) for name, control in controls(model)
+                name: evaluate_text(control, args)
+                for name, control in controls(model, TEXT_CONTROLS)
             }
 
     # Retention

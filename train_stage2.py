@@ -76,8 +76,9 @@ class Examples:
     """Turns users and text-task instances into (prompt, target ids[, trie nodes]), for training,
     validation and test alike, and packs them (assets/fast/packing.py)."""
 
-    def __init__(self, model, dataset):
+    def __init__(self, model, dataset, titles=False):
         self.model, self.dataset = model, dataset
+        self.titles = titles  # a control: text tasks name their items
         self.templates = ranking_templates(model.config.get("prompts"), dataset.meta["name"])
         self.instances = {
             split: [x for x in dataset.instances if x["split"] == split]
@@ -131,7 +132,8 @@ class Examples:
         return asked
 
     def text(self, instance):
-        prompt = self.model.prompt_ids(instance["prompt"], items=instance["items"], named=False)
+        items = instance["items"]
+        prompt = self.model.prompt_ids(instance["prompt"], items=items, named=self.titles)
         return prompt, self.model.target_ids(instance["target"])[: self.model.context - len(prompt)]
 
     def prefixes(self, user, window, cf, template):

@@ -4,17 +4,18 @@
 # Resumable run by run: what has its JSON in assets/results/NAME/ is not run again. Real data: SOURCE=folder with the raw files.
 # A method may end in -h0, -h20 (so many items of the history beside the user's vector), in -none, -uniform, -tau1 (prior and temperature), in -k8 (soft tokens an item).
 # ml100k-texts, beauty-texts: the text tasks alone, as the paper trains its ELM-24 table; ml100k-texts120: in 120 steps instead of 240.
+# ml100k-smollm2, ml100k-smollm2-texts: a real chat LLM on a CPU (LLM=folder or hub id), sequential or text tasks alone.
 # Settings that differ by data set stand in `case`; everything else is the same for every method.
 set -euo pipefail
 shopt -s extglob
 cd "$(dirname "$0")/.."
-name=$1 data=${1%-texts*} seeds=${SEEDS:-0 1 2} parts=${PARTS:-search main show}
+name=$1 data=${1%%-*} seeds=${SEEDS:-0 1 2} parts=${PARTS:-search main show}
 results=assets/results/$name runs=out/$name
 mkdir -p "$results" "$runs"
 all="itc itm itg ii ui" once="--controls --sasrec"  # of ilm with seed 0
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592   # memory is kept by the process: faster on CPU, same results
 log() { echo "+ $*"; local began=$SECONDS; "$@" 2>&1 || { echo "failed: $*" >&2; return 1; }; echo "  took $((SECONDS - began)) s"; }
-pretrain() { [ -d "$1" ] || log python assets/toy_llm/pretrain.py --data "data/$data" --out "$1" --vocab "$2" --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3; }
+pretrain() { [ -d "$1" ] || [[ $name = *smollm2* ]] || log python assets/toy_llm/pretrain.py --data "data/$data" --out "$1" --vocab "$2" --steps 700 --width 768 --layers 2 --mlp-width 512 --lr 1.5e-3; }
 
 llm=out/llm/$data queries="--num-queries 16"
 stage1="--tokenizer out/llm/$data --steps 300 $queries"
@@ -36,9 +37,15 @@ ml1m)
     pretrain $llm 3072 ;;
 *) echo "$name: give toy, ml100k, beauty or ml1m" >&2; exit 2 ;;
 esac
-if [ "$name" != "$data" ]; then
-    steps=${name##*-texts} stage2="--steps ${steps:-240} --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" once="--controls"
-fi
+case $name in
+ml100k-smollm2*)
+    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 100 --max-users 500 --max-texts 100"
+    stage1="--tokenizer $llm --steps 300"
+    stage2="--steps 100 --batch-size 4 --accumulate 1 --name-tokens 8 --valid-users 60 --eval-every 50 --prompt-items tokens"
+    case $name in *-texts) stage2="$stage2 --mix 0 0 1" ;; *) stage2="$stage2 --mix 1 0 0" ;; esac ;;
+*-texts*)
+    steps=${name##*-texts} stage2="--steps ${steps:-240} --batch-size 8 --name-tokens 8 --valid-users 150 --eval-every 20 --mix 0 0 1" once="--controls" ;;
+esac
 evaluate="$evaluate ${SC_ENCODER:+--sc-encoder $SC_ENCODER}"
 
 align() {  # align LOSSES SEED [SUFFIX flags]: a stage-1 run; prints its folder
@@ -75,7 +82,7 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="3e-4 1e-3 3e-3 6e-3"
     case $1 in mlp*) rates="3e-4 1e-3 3e-3 1e-2" ;; text*) rates="1e-4 3e-4 6e-4 1e-3" ;; esac
-    case $data in beauty) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; esac
+    case $name in beauty | *smollm2*) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; esac
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
         log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"

@@ -12,6 +12,7 @@ import data
 import evaluate
 from assets.extras import references, tables
 from assets.plumbing.guard import InputError
+from ilm import SOFT_BASE
 from train_stage2 import Examples
 
 
@@ -212,7 +213,8 @@ def test_from_nothing_to_the_table(tmp_path, script):
     again = run("evaluate.py", "--table", "all.json", "--plot", "figures")
     assert again in out and (tmp_path / "figures/alignment.png").is_file() and (tmp_path / "figures/stage1.png").is_file()
     assert set(results[0]["rec"]) == {"sequential", "straightforward"} and results[0]["llm_frozen"] and results[0]["filtered"]
-    assert set(results[0]["controls"]) == set(results[0]["text_controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"}
+    assert set(results[0]["controls"]) == {"shuffled_cf", "zero_soft_tokens", "text_only"} == set(results[0]["text_controls"]) - {"title"}
+    assert "ilm, title" in out
     run("train_stage2.py", "--steps", "1", "--batch-size", "2", "--mix", "0", "0", "1", "--text-fraction", "0.2", "--method", "mlp",
         "--valid-users", "8")
     assert "sequential" not in run("evaluate.py", "--run", "out/toy/mlp", *limits)  # what was not trained is not measured
@@ -251,6 +253,15 @@ def test_controls_leave_the_model_as_it_is(make_ilm):
     assert all(torch.equal(x, before[1][name]) for name, x in model.state_dict().items())
     found = [before[0], *scores.values()]  # four different answers
     assert all((a - b).abs().max() > 1e-4 for k, a in enumerate(found) for b in found[:k])
+
+
+def test_the_line_above_reads_a_title_where_others_read_nothing(make_ilm):
+    model = make_ilm()
+    found = dict(evaluate.controls(model, evaluate.TEXT_CONTROLS))
+    instance = {"prompt": "Describe {item}.", "items": [7], "target": "a story"}
+    texts = {name: model.tokenizer.decode([i for i in found[name].text(instance)[0] if i < SOFT_BASE]) for name in found}
+    assert model.names[7] in texts["title"] and "this item" in texts["text_only"]
+    assert all(model.names[7] not in texts[name] for name in texts if name != "title")
 
 
 def test_silent_soft_tokens_say_nothing(make_ilm):

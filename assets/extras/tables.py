@@ -14,7 +14,7 @@ import numpy as np
 
 from assets.plumbing.guard import printable, reading
 from data import RANKING_TASKS
-from evaluate import CONTROLS, hr, standard_error
+from evaluate import CONTROLS, TEXT_CONTROLS, hr, standard_error
 
 COLUMNS = ("HR@5", "NDCG@5", "NDCG@10", "HR@10")
 
@@ -122,7 +122,7 @@ def print_texts(results, against):
     """Text tasks and their controls, then the tasks that ask for one attribute."""
     texts = by_method(results, lambda r: r["text"])
     rows = dict(texts)
-    for name in CONTROLS:
+    for name in TEXT_CONTROLS:
         rows |= by_method(results, lambda r: r["text_controls"][name], f", {name}")
     title, columns = "text tasks, held-out items", ["sc", "log_ppl"]
     table(title, columns, rows, against, lambda m: [*m["per_item"].values()])
