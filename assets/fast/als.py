@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 
-def length_batches(rows, columns, num_rows, pad, budget=1 << 15, max_rows=512):
+def length_batches(rows, columns, num_rows, pad, budget=1 << 13, max_rows=512):
     """Interactions (nnz,), (nnz,) -> [(row numbers (R,), their columns (R, L))], rows of like
     length.
 
