@@ -80,7 +80,7 @@ class Dataset:
     # (U, E) users of another engine (--cf), the same at every moment; None: ours
     raw_user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
-    # (E, E) X'X of all users as ALS (or --cf) has them: new items are folded in with it
+    # (E, E) X'X of all users X as ALS (or --cf) has them, order apart: by it new items are solved
     user_gram: torch.Tensor
     solver: UserSolver  # from histories to raw users
     instances: list  # dicts, see tasks.jsonl
@@ -305,7 +305,7 @@ def facts_of(item, other=None):
     FACT_NAMES; of two items also what they have in `common`, how the second does `differ`, and
     what lies `between`."""
     mine = item["attributes"]
-    facts = {"text": item["text"], "facts": ", ".join(mine.values()), **mine}
+    facts = {**mine, "text": item["text"], "facts": ", ".join(mine.values())}
     for name, keys in FACT_NAMES.items():
         facts |= {name: mine[key] for key in keys if key in mine}
     if other:
@@ -404,7 +404,8 @@ def prepare(
 
     # CF vectors, and tasks for the LLM
     fixed = {"dim": cf_dim, "recency": recency, "reg": reg, "a0": a0}
-    vectors, said_of_cf = find_cf(user_ids, item_ids, indptr, sequence, cf, fixed, seed)
+    with checks.solvable(cf):
+        vectors, said_of_cf = find_cf(user_ids, item_ids, indptr, sequence, cf, fixed, seed)
     instances = text_tasks(catalogue, text_splits, load_prompts(), vectors["item"], seed)
 
     # The folder

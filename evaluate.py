@@ -14,9 +14,10 @@ them in).
 Text: log perplexity (-log p per target token, lower is better); where a task asks for one
 attribute, the share of generated answers that equal the truth; SC, semantic consistency.
 
-References use no text; all but popularity know the whole history up to the moment.
+References use no text; all but popularity know the history up to the moment (SASRec its last 50).
 Retention = sequential HR@10 / HR@10 of MF at the moment, with or without popularity, whichever is
-better on validation. It is 1 for a model that is as good as MF, which says not where it is from.
+better on validation. 1 is as good as MF; it does not show that all came through the CF vector, for
+the encoder reads the last 20 items, too.
 """
 
 import copy
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from assets.plumbing.evaluate_flags import evaluate_flags
 from assets.plumbing.guard import run_script
 from assets.plumbing.run import pick_device, read_config
-from assets.plumbing.runs import find_runs, test_users, which_run, write_json
+from assets.plumbing.runs import check_tools, find_runs, test_users, which_run, write_json
 from assets.plumbing.sentences import sentence_embeddings, sentence_encoder
 from data import RANKING_TASKS, load_dataset
 from ilm import load_ilm
@@ -41,7 +42,7 @@ from train_stage1 import TEXT_LOSSES, evaluate_texts
 from train_stage2 import KINDS, Examples, load_stage1
 
 CONTROLS = ("shuffled_cf", "zero_soft_tokens", "text_only")
-TEXT_CONTROLS = (*CONTROLS, "title")  # the one above: the LLM reads which item it is
+TEXT_CONTROLS = (*CONTROLS, "title")  # an upper line: the prompt says in words which item it is
 
 
 def batches(rows, size):
@@ -135,7 +136,9 @@ def references(dataset, users, split, keep_history, sasrec=None, device="cpu"):
     found = {}
     for name, score in reference_scores(dataset).items():
         found[name] = evaluate_reference(score, dataset, users, split, keep_history)
-    if sasrec is not None:
+    if sasrec is not None and not len(dataset.eligible(4)):
+        print("note: --sasrec is left out: nobody has two training items")
+    elif sasrec is not None:
         from assets.extras.sasrec import sasrec_reference
 
         def validate(score):
@@ -367,6 +370,7 @@ def main():
     from assets.extras.tables import show, show_files
 
     args = parse_args()
+    check_tools(args)
     if args.table:
         return show_files(args)
     device = pick_device(args.device)

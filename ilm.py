@@ -69,8 +69,8 @@ class Loudness(nn.Module):
 
     @torch.no_grad()
     def fit(self, states, probe, loudness):
-        """From now on states like probe (N, Q, D, or hidden) come out with a root mean square of
-        loudness. states: for an Adapter."""
+        """Now states like probe (N, Q, width) come out with a root mean square of loudness. states:
+        what an Adapter whitens by."""
         self.gain.fill_(1)
         self.gain.fill_(loudness / self(probe).pow(2).mean().sqrt())
 

@@ -175,8 +175,9 @@ class CFKeys(nn.Module):
 class HistoryKeys(nn.Module):
     """The last W items of a user's history, latest first -> keys for the queries.
 
-    history (B, W * E), zeros where there is no item -> keys (B, W + 1, D), one an item, the last
-    one always there, for who has none; and which may be attended to (B, 1, 1, W + 1).
+    history (B, W * E), zeros where there is no item -> keys (B, W + 1, D), one an item, and a
+    learned one, for softmax needs one where there is no history; and which may be attended to
+    (B, 1, 1, W + 1).
 
     A user's vector is a sum, behind which no query can look; here they can choose. The attention
     that reads these keys begins with an output of zero, and a LayerNorm of its own, which no stage
@@ -475,8 +476,8 @@ def item_text_losses(model, cf, ids, mask, key, dec, generator=None, gather=Alon
     labels = (item == text).long()
     losses["itm"] = itm_loss(model.match_logits(*everything, item, text), labels)
 
-    # ITG: write the text from the queries. The mean is over the tokens of all processes, whose
-    # gradients are averaged: so the sum is divided by the tokens of a process on average
+    # ITG: write the text from the queries. The mean is over the tokens of all N processes. Since
+    # their gradients are averaged, each divides its sum by (all tokens / N); N is mostly 1
     states, targets = next_tokens(written, ids, mask)
     total, count = itg_loss(model.lm_logits(states), targets)
     losses["itg"] = total / gather(count).float().mean()

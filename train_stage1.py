@@ -89,7 +89,8 @@ def clip_and_step(optimizer, scaler):
 
 class Pairs:
     """II pairs: two training items of one user within 5 steps. UI pairs: a user just before one of
-    their training items (recency 1: as the others make them), and that item."""
+    their training items, and that item (recency 1, where order does not matter: the user made of
+    their other training items)."""
 
     def __init__(self, dataset, window=5):
         self.dataset, self.window = dataset, window

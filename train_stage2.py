@@ -85,8 +85,8 @@ class Examples:
             for split in ("train", "valid", "test")
         }
         self.users = dataset.eligible(4)
-        # Where CF is shuffled, user u is read as stranger[u]; in training, where it has to be one
-        # with two training items, as self.users[stranger[u] % their number]
+        # Where CF is shuffled, user u is read as user stranger[u]; in training, which asks for one
+        # who has a moment (two training items), as self.users[stranger[u] % len(self.users)]
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
     # -- what stands for a user, with the last items behind it where encoders read them
@@ -186,9 +186,6 @@ class Examples:
 
     # -- batches
 
-    def batch(self, kind, size, rng):
-        return self.collate(self.rows(kind, size, rng))
-
     def rows(self, kind, size, rng):
         """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times.
         One template for all (texts: a row), so that rows have like lengths. Every process draws the
@@ -205,6 +202,10 @@ class Examples:
         for user, seed in zip(users[own], seeds[own]):
             rows.append(row(user, template, np.random.default_rng(seed)))
         return rows
+
+    def batch(self, kind, size, rng):
+        """The rows in one piece, for tests and notebooks; training cuts them (draw_batches)."""
+        return self.collate(self.rows(kind, size, rng))
 
     def validation(self, limit, tokens):
         """Batches to validate on, {kind: [batch]}: text tasks of held-out items, and the next item
@@ -306,7 +307,7 @@ def set_up_model(args, dataset, device):
     introduce(f"stage 2, {args.method} on {args.data} with {args.llm}", model, device)
     if not any(p.requires_grad for p in model.parameters()):
         say("nothing to train (names only, frozen LLM): the run is the LLM as it is")
-        args.steps = 0
+        args.steps = config["steps"] = 0
     return model.train(), RunDirectory(args, config)
 
 

@@ -39,7 +39,7 @@ ml1m)
 esac
 case $name in
 ml100k-smollm2*)
-    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 100 --max-users 500 --max-texts 100"
+    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 100 --max-users 300 --max-texts 50"
     stage1="--tokenizer $llm --steps 300"
     stage2="--steps 100 --batch-size 4 --accumulate 1 --name-tokens 8 --valid-users 60 --eval-every 50 --prompt-items tokens"
     case $name in *-texts) stage2="$stage2 --mix 0 0 1" ;; *) stage2="$stage2 --mix 1 0 0" ;; esac ;;
@@ -82,7 +82,8 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="3e-4 1e-3 3e-3 6e-3"
     case $1 in mlp*) rates="3e-4 1e-3 3e-3 1e-2" ;; text*) rates="1e-4 3e-4 6e-4 1e-3" ;; esac
-    case $name in beauty | *smollm2*) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; esac
+    case $name in beauty | *smollm2-texts) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; esac
+    case $name:$1 in *smollm2:ilm*) rates=3e-3 ;; *smollm2:mlp*) rates=1e-3 ;; esac  # found with SmolLM2 on ML-1M, of these two
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
         log python train_stage2.py --data "data/$data" --llm "$llm" --out "$runs/$1-lr$lr" $stage2 $(flags "$1" 0) --lr "$lr" > "$runs/search.txt"

@@ -176,6 +176,9 @@ def test_somebody_new_is_what_they_liked(chat, monkeypatch, capsys):
     monkeypatch.setattr("assets.extras.chat.best_items", lambda model, prompts, taken: read.append(prompts[0]) or [[]])
     chat.recommend(chat.resolve("{history:001,002} and {item:009}"))
     torch.testing.assert_close(read[0].vectors, [as_read(chat.model, [[0, 1, 8]])[0]])
+    chat.answer("Recommend something for one who liked {history:001,002} and {item:009}")  # a sentence reads them, too
+    assert read[1] == read[0]
+    torch.testing.assert_close(read[1].vectors, read[0].vectors)
 
 
 def test_recommendations_leave_out_what_they_had_and_end_in_a_valid_list(chat, capsys):

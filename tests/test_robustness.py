@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,11 @@ DATASETS = {  # name: (files, further flags, words of the message)
         (csv(items_csv="id,title\nFilm,Film\n"), [], ["items.csv", "knows none"]),
         (csv(items_csv="id,heading\ni0,A\n"), [], ["line 1", "no column title"]),
         (csv(items_csv=TABLE + "i9,caf\xe9,x\n"), [], ["items.csv, line 8", "2 columns"]),
+        (csv(items_csv="id,title,brand,title\ni0,A,b,C\n"), [], ["items.csv, line 1", "two columns are called 'title'"]),
+        ({"interactions.csv": CSV, "items.tsv": 'id\ttitle\ni0\t"two\nlines"\n'}, [], ["items.tsv, line 3", "quote it and the header"]),
+        ({"a.train.inter": CSV, "a.test.inter": CSV, "a.item": TABLE}, [], ["which of a.test.inter, a.train.inter?"]),
+        (csv(cf_npz=npz(item=np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32) * 1e6)), ["--cf", "cf.npz", "--recency", 1],
+         ["least squares", "scale the vectors of --cf cf.npz"]),
         ({"interactions.csv": CSV, "items.jsonl": '{"id": "i1"'}, [], ["items.jsonl, line 1"]),
         ({"interactions.csv": CSV, "items.jsonl": '{"id": "i1"}\n[1]\n'}, [], ["items.jsonl, line 2", "no object"]),
         ({"interactions.csv": CSV, "items.jsonl": '{"id": "i1", "attributes": [1]}\n'}, [], ["items.jsonl, line 1", "attributes"]),
@@ -436,6 +442,49 @@ def test_odd_input_goes_through_every_script(script, tmp_path):
     assert titles["i0"] == "Amélie" and titles["i1"] == "item i1" and titles["i3"] == "Same (2)" and titles["i4"] == "two lines"
     assert titles["i5"] == "日本語 映画 🎬" and titles["i6"] == "item i6" and titles["unknown to the table"] == "item unknown to the table"
     assert {"René 東京", "spaced id"} <= {*dataset.users} and len(dataset.eligible()) == 8
+
+
+def test_columns_as_people_name_them(tmp_path):
+    """Capitals, a space before a quoted field, a column of words called attributes."""
+    put(tmp_path, {"items.csv": 'ID,Title,Genre,attributes\ni0, "One, two",Drama,"red, large"\ni1, "Three",War,\n'})
+    found = readers.read_items(tmp_path / "items.csv", say=lambda table: None)
+    assert found["i0"]["title"] == "One, two" and found["i0"]["attributes"] == {"genre": "Drama", "attributes": "red, large"}
+    assert data.facts_of(found["i0"])["kind"] == "Drama" and found["i1"]["attributes"] == {"genre": "War"}
+    item = {"title": "A", "text": "what is said of it", "attributes": {"text": "a column that is called so"}}
+    assert data.facts_of(item)["text"] == "what is said of it"
+
+
+def test_a_small_llm_reads_items_without_attributes():
+    sys.path.insert(0, str(ROOT / "assets" / "toy_llm"))
+    from pretrain import Corpus
+    items = [{"title": f"Film {i}", "text": f"What is said of {i}", "attributes": {"genre": "War"} if i == 3 else {}} for i in range(30)]
+    corpus = Corpus(items, data.load_prompts(ROOT / "assets" / "toy_llm" / "prompts.txt"), 0)
+    said = " ".join(corpus.document() for _ in range(1000))
+    assert all(item["title"] in said and item["text"] in said for item in items)
+
+
+def test_what_is_not_ours_is_not_written_over(script, work, tmp_path):
+    """Inputs of the same command, and files of a stranger that are called like ours."""
+    put(tmp_path, csv(cf_npz=npz(item=np.ones((6, 2)))))
+    for copied, name in ((work / "train_stage1", "stage1"), (work / "data/toy", "toy"), (ROOT / "assets/toy_llm", "llm")):
+        shutil.copytree(copied, tmp_path / name)
+    for name, file in (("vectors", "cf.npz"), ("table", "items.csv"), ("mine", "config.json"), ("notes", "previous")):
+        (tmp_path / name).mkdir()
+        if file in ("cf.npz", "items.csv"):
+            shutil.copy(tmp_path / file, tmp_path / name / file)
+        else:
+            put(tmp_path / name, {file: None if file == "previous" else '{"model_type": "llama"}'})
+    before = tree(tmp_path)
+    prepare = "data.py --dataset csv --source . --min-count 1".split()
+    stage1, stage2 = ["train_stage1.py", "--data", "toy", "--tokenizer", "llm"], ["train_stage2.py", "--data", "toy", "--llm", "llm"]
+    for argv, words in ((prepare + ["--cf", "vectors/cf.npz", "--out", "vectors"], "the folder of --cf"),
+                        (prepare + ["--items", "table/items.csv", "--out", "table/../table"], "the folder of --items"),
+                        (prepare + ["--out", "vectors"], "has cf.npz in it, not of ours"),
+                        (stage1 + ["--out", "mine"], "has config.json in it"), (stage1 + ["--out", "notes"], "has previous in it"),
+                        (stage2 + ["--stage1", "stage1", "--out", "./stage1"], "take the place of --stage1"),
+                        (stage2 + ["--method", "mlp", "--out", "llm"], "the place of --llm"), (stage2 + ["--method", "mlp", "--out", "toy"], "of --data")):
+        one_line(script(*argv, cwd=tmp_path), 2, words)
+    assert tree(tmp_path) == before
 
 
 def test_histories_too_short_to_train_on(script, tmp_path):

@@ -141,7 +141,8 @@ class Chat:
         line asks to recommend."""
         text = self.resolve(line)
         if re.search(r"\brecommend\b", line, re.I) and re.search(r"\{(user|item|history):", text):
-            return self.recommend(text, text)
+            # Someone new has no place in the sentence: they are asked about as in training
+            return self.recommend(text, text if "{user:" in text else None)
         # Items unnamed, as in the text tasks of training
         printer, named = Printer(self.model.tokenizer), self.model.Q == 0
         before = self.turns[max(0, len(self.turns) - 2 * self.memory) :]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from assets.extras.tables import method_of
-from assets.plumbing.guard import InputError
 from data import RANKING_TASKS
 from evaluate import standard_error
 from qformer import QFormer, attention_pattern, item_text_similarity
@@ -16,8 +15,9 @@ from qformer import QFormer, attention_pattern, item_text_similarity
 
 @torch.no_grad()
 def alignment(model, seed, dataset, texts, items, device):
-    """Similarity of up to 24 items (rows) with their texts (columns) -> {"before", "after"}: by the
-    fresh Q-Former that training with this seed began with, and by the trained one."""
+    """Similarity of up to 24 items (rows) with their texts (columns) -> {"before", "after"}: by a
+    fresh Q-Former of this seed (without --init-bert the one that training began with), and by the
+    trained one."""
     torch.manual_seed(seed)
     fresh = QFormer(model.config).to(device)
     ids, mask, _ = (t.to(device) for t in texts.batch(torch.tensor(items[:24])))
@@ -124,10 +124,8 @@ def draw_mask(ax, panel):
 
 def plot(results, folder):
     """Draw every figure for which there are results: folder/NAME.png."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib.pyplot as plt
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, panels in all_figures(results).items():
         panels = {title: panel for title, panel in panels.items() if len(panel)}

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 
-from assets.plumbing.guard import InputError
+from assets.plumbing.guard import InputError, write_file
 from assets.plumbing.run import check_name, pick_device
 from ilm import load_ilm
 
@@ -96,9 +96,12 @@ def export(model, path, chunk=4096):
             cf = dataset.standard_users(dataset.users_at(some))
             yield model.with_history(cf, [dataset.items_of(u) for u in some]).to(model.cf)
 
-    with open(path, "wb") as f:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(f, header)
-        for cf in vectors():
-            f.write(model.soft_tokens(cf).float().cpu().numpy().tobytes())
+    def write(file):
+        with open(file, "wb") as f:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, header)
+            for cf in vectors():
+                f.write(model.soft_tokens(cf).float().cpu().numpy().tobytes())
+
+    write_file(Path(path), write)
     return shape[0] / (time.time() - began)

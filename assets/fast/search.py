@@ -98,8 +98,8 @@ def search(model, prompts, trie, beams=None, taken=None):
     """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others
     -inf. beams=0: of all, exact; None: exact up to 1,000 items, 20 beams above.
 
-    score(name) = sum over its tokens and an end token of log p, p renormalised over the trie's
-    children (trie.renormalize). taken (B, I): items that shall not be found."""
+    What is summed is ILM.score's; without trie.renormalize log p of all a name's tokens and the end
+    token, p among the whole vocabulary. taken (B, I): items that shall not be found."""
     reader = (SideBySide if model.llm.packs else OneByOne)(model, prompts)
     B, device = len(prompts), reader.hidden.device
     beams = (20 if beams is None and trie.num_items > 1000 else beams) or trie.num_items

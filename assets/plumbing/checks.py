@@ -1,11 +1,26 @@
 """What data.py verifies aside: repeats in a log, the lines of a template file."""
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from assets.plumbing.guard import InputError, printable, reading
+
+
+@contextmanager
+def solvable(file):
+    """Least squares that have no answer in float32. file: --cf, or None."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:
+        scaled = f"scale the vectors of --cf {file} to a length of about 1, or "
+        raise InputError(
+            "the least squares of CF have no answer in 32 bits; "
+            f"{scaled if file else ''}give a larger --reg{'' if file else ' or a smaller --cf-dim'}"
+        ) from None
 
 
 def drop_repeats(users, items, times):

@@ -120,6 +120,8 @@ def at_training_moments(indptr, items, vectors, settings):
     """MF's NDCG@10 at training moments, to be held beside validation's: a user's vector does not
     know the target, the item vectors do."""
     users, places = training_moments(indptr, MAX_USERS)
+    if not len(users):  # nobody has two training items
+        return 0.0
     targets = items[indptr[users] + places].astype(np.int64)
     pasts = []
     for u, place in zip(users, places):

@@ -4,9 +4,13 @@ import argparse
 from pathlib import Path
 
 from assets.plumbing.flags import add_choice, add_number, add_switch
-from assets.plumbing.guard import InputError, Parser, a_seed, within
+from assets.plumbing.guard import InputError, Parser, a_seed, check_place, has_key, within
 from assets.plumbing.readers import MOVIELENS_URL
 from assets.plumbing.tables_in import NAMES
+
+FOLDER_FILES = (
+    "cf.npz items.jsonl meta.json metrics.json sequences.npz tasks.jsonl users.txt".split()
+)
 
 
 def parse_args(argv=None):
@@ -104,8 +108,10 @@ def check_request(dataset, source, items, columns, out, cf, cf_dim, reg, a0):
             f"{MOVIELENS_URL}"
         )
     out = Path(out or f"data/{Path(source).resolve().name if source else 'toy'}")
-    if source and out.resolve() == Path(source).resolve():
-        raise InputError(
-            f"--source {source}: the prepared folder would take its place; name another by --out"
-        )
+    # The folders it reads from, and what stands where it writes
+    inputs = [("--source", source)]
+    for flag, file in (("--items", items), ("--cf", cf)):
+        if file:
+            inputs.append((f"the folder of {flag}", Path(file).parent))
+    check_place(out, lambda f: has_key(f / "meta.json", "sha256"), FOLDER_FILES, inputs)
     return out

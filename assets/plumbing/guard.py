@@ -6,6 +6,7 @@ an unreadable file or a full disk (status 2) and a signal (status 130 or 143) en
 stderr; files change all together or not at all, also under kill -9."""
 
 import argparse
+import json
 import math
 import os
 import re
@@ -145,6 +146,7 @@ def write_file(path, write):
     # torch and safetensors have their own words for a full disk
     with writing(path, RuntimeError, SafetensorError):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             os.replace(temporary, path)
         finally:
@@ -173,6 +175,31 @@ def write_atomically(folder, write, keep=False):
             with suppress(OSError):
                 folder.rmdir()  # succeeds if it is empty, and so was made in vain
         end_move(folder)
+
+
+def check_place(folder, ours, names, inputs=()):
+    """May a new folder of ours be written here? Not over what it reads from, nor over a stranger's
+    files: ours(folder) is whether it is one of ours, names are those that would be replaced."""
+    folder = Path(folder)
+    for flag, path in inputs:
+        if path and folder.resolve() == Path(path).resolve():
+            raise InputError(
+                f"--out {folder}: would take the place of {flag}; name another by --out"
+            )
+    held = sorted(name for name in names if (folder / name).exists())
+    if held and not (folder / "tmp-ready").exists() and not ours(folder):
+        raise InputError(
+            f"--out {folder}: has {', '.join(held)} in it, not of ours; they would be replaced: "
+            "name another by --out"
+        )
+
+
+def has_key(file, key):
+    """Is it a JSON object with that key?"""
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        return isinstance(found, dict) and key in found
+    return False
 
 
 def drop_previous(folder):

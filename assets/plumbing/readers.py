@@ -41,8 +41,15 @@ def files(source, names):
 
 
 def find(source, names, dataset):
-    """The first file of `source` that has one of these names. InputError where there is none."""
+    """The first file of `source` that has one of these names. InputError where there is none, or
+    where a pattern fits several."""
     if found := files(source, names):
+        called = [path.name.removesuffix(".gz") for path in found]
+        several = sorted({*called} - {*names})  # found by a pattern, as *.inter
+        if called[0] in several and len(several) > 1:
+            raise InputError(
+                f"--source {source}: which of {', '.join(several)}? Join them into one file"
+            )
         return found[0]
     where = f"; get it from {MOVIELENS_URL} and unpack it there" if dataset == "movielens" else ""
     raise InputError(f"--source {source}: no {' or '.join(names)} in it{where}")
@@ -172,14 +179,16 @@ def read_item(table, number, row, *columns):
     addresses are counted among the table's remarks."""
     key = clean_id(row[columns[0]], table.path, number)
     told = row.get("attributes")
-    if told and not isinstance(told, dict):
+    if told and not isinstance(told, (dict, str)):  # a column of words may be called so
         raise InputError(
             f"{table.path}, line {number}: `attributes` is to be an object of names and values; "
             "mend the line"
         )
 
     # Attributes: words between | or, in RecBole's lists, between spaces; objects are left out.
-    rest = told or {k: v for k, v in row.items() if k and k not in (*columns, "attributes")}
+    rest = told
+    if not isinstance(told, dict) or not told:
+        rest = {k: v for k, v in row.items() if k and k not in columns}
     attributes = {}
     for name, value in rest.items():
         words = name in table.lists
@@ -189,7 +198,7 @@ def read_item(table, number, row, *columns):
         if objects:
             table.remarks[f"values of {name} left out (objects, addresses)"] += 1
         if texts:
-            attributes[clean(name)] = ", ".join(texts)
+            attributes[clean(name).lower()] = ", ".join(texts)  # "Genre" is what prompts call genre
 
     # Title and text; MovieLens's titles end with a year.
     title, text = (" ".join(flatten(row.get(column))[0]) for column in columns[1:])

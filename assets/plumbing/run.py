@@ -24,8 +24,10 @@ from tqdm import tqdm
 from assets.plumbing.guard import (
     InputError,
     Interrupted,
+    check_place,
     drop_previous,
     end_move,
+    has_key,
     reading,
     run_script,
     signals,
@@ -229,6 +231,12 @@ def commit():
         return found.stdout.strip() or None
 
 
+RUN_FILES = (
+    "config.json log.jsonl metrics.json model.safetensors previous state.pt tokenizer".split()
+)
+INPUTS = "data stage1 llm tokenizer init_bert".split()  # flags that name folders
+
+
 class RunDirectory:
     """config.json, model.safetensors (best weights so far), state.pt (everything to go on from),
     log.jsonl. The first checkpoint of a new run takes the place of an older run's files all
@@ -243,6 +251,9 @@ class RunDirectory:
         self.start, self.best, self.targets = 0, math.inf, 0  # step, loss, target tokens
         self.state, self.validated = None, None  # the step of the log's last line
         self.begun, self.writes = args.resume, process()[0] == 0
+        inputs = [(f"--{k.replace('_', '-')}", getattr(args, k, None)) for k in INPUTS]
+        names = [] if args.resume else RUN_FILES
+        check_place(self.path, lambda f: has_key(f / "config.json", "kind"), names, inputs)
         end_move(self.path, tidy=self.writes)
         if args.resume:
             self.read_state()

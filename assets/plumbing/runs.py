@@ -3,12 +3,21 @@
 import hashlib
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from assets.plumbing.guard import InputError, printable, write_file
-from assets.plumbing.run import check_fingerprint, commit, read_config
+from assets.plumbing.run import check_fingerprint, check_name, commit, read_config
+
+
+def check_tools(args):
+    """Is there what is needed after the evaluation? Said before it."""
+    if args.plot and not find_spec("matplotlib"):
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    if args.sc_encoder:
+        check_name(args.sc_encoder, "--sc-encoder")
 
 
 def which_run(run, config, args, device):

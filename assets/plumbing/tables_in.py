@@ -166,7 +166,8 @@ class Table:
         if separator == "::":
             lines = (line.replace("::", "\t") for line in lines)
         delimiter = separator.replace("::", "\t")
-        rows = reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+        form = {"quoting": quoting, "strict": True, "skipinitialspace": not literal}
+        rows = reader = csv.reader(lines, delimiter=delimiter, **form)
 
         # The header, if there is one, and the rows.
         number, exact = start - 1, not names
@@ -178,6 +179,12 @@ class Table:
                     header = map(str, range(1, len(header) + 1))
                 names = tuple(map(self.name, header))
             self.find(names, start)
+            twice = [name for name, count in Counter(names).items() if name and count > 1]
+            if twice:
+                raise InputError(
+                    f"{self.path}, line {start}: two columns are called {twice[0]!r}; rename or "
+                    "remove one"
+                )
             for row in rows:
                 number = start - 1 + reader.line_num
                 if len(row) != len(names) or not row[0]:
@@ -185,10 +192,13 @@ class Table:
                         self.remarks["empty rows left out"] += 1
                         continue
                     if len(row) < len(names) or exact and "".join(row[len(names) :]).strip():
+                        remedy = "quote the field"
+                        if literal and exact:
+                            remedy = "quote it and the header (else quotes between tabs are text)"
                         raise InputError(
                             f"{self.path}, line {number}: expected {len(names)} columns, with "
-                            f"{separator!r} between them, found {len(row)}; quote the field, mend "
-                            "or remove the line"
+                            f"{separator!r} between them, found {len(row)}; {remedy}, mend or "
+                            "remove the line"
                         )
                 yield number, names, row
         except csv.Error as error:

@@ -29,6 +29,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import data  # noqa: E402
 from assets.plumbing.cf import training_moments  # noqa: E402
+from assets.plumbing.guard import run_script  # noqa: E402
 from assets.plumbing.names import item_names  # noqa: E402
 from assets.plumbing.run import pick_device, precision  # noqa: E402
 from assets.plumbing.trie import Trie  # noqa: E402
@@ -62,17 +64,15 @@ END, PAD = "<|end|>", "<|pad|>"
 
 class Corpus:
     def __init__(self, items, templates, seed):
-        self.items, self.rng = (
-            [item for item in items if item["attributes"]],
-            np.random.default_rng(seed),
-        )
+        self.items, self.rng = items, np.random.default_rng(seed)
+        self.told_of = [item for item in items if item["attributes"]]
         # Unseen prompts stay unseen
         self.ranking = [t for t in templates if t[1] == "seen" and t[0] in data.RANKING_TASKS]
         self.questions = [t for t in templates if t[0] not in data.RANKING_TASKS]
-        self.names = sorted({name for item in self.items for name in item["attributes"]})
+        self.names = sorted({name for item in self.told_of for name in item["attributes"]})
         # Which value an item has, -1 for none
-        self.codes, by_value = np.full((len(self.items), len(self.names)), -1), {}
-        for i, item in enumerate(self.items):
+        self.codes, by_value = np.full((len(self.told_of), len(self.names)), -1), {}
+        for i, item in enumerate(self.told_of):
             for name, value in item["attributes"].items():
                 by_value.setdefault((name, value), (len(by_value), []))[1].append(item)
                 self.codes[i, self.names.index(name)] = by_value[name, value][0]
@@ -86,15 +86,17 @@ class Corpus:
         return [sequence[i] for i in self.rng.permutation(len(sequence))[:count]]
 
     def document(self):
-        kinds = [
-            self.fact,
-            self.question,
-            self.repeat,
-            self.naming,
-            self.listing,
-            self.recommendation,
-        ]
-        return kinds[self.rng.choice(len(kinds), p=[0.06, 0.24, 0.04, 0.06, 0.06, 0.54])]()
+        kinds = {
+            self.fact: 0.06,
+            self.question: 0.24,
+            self.repeat: 0.04,
+            self.naming: 0.06,
+            self.listing: 0.06,
+            self.recommendation: 0.54,
+        }
+        if len(self.told_of) < 10:  # without attributes there is nothing to ask or to prefer
+            kinds = {self.fact: 0.4, self.repeat: 0.2, self.naming: 0.4}
+        return [*kinds][self.rng.choice(len(kinds), p=[*kinds.values()])]()
 
     def told(self, item, low, high):
         return ", ".join(
@@ -105,15 +107,16 @@ class Corpus:
     def fact(self):
         """Titles with their descriptions or their bare attributes."""
         item = self.pick(self.items)
-        return item["title"] + self.pick(
-            [f": {item['text']}", f". {item['text']}", f" has {self.told(item, 2, 5)}."]
-        )
+        said = [f": {item['text']}", f". {item['text']}"]
+        if item["attributes"]:
+            said.append(f" has {self.told(item, 2, 5)}.")
+        return item["title"] + self.pick(said)
 
     def question(self):
         """The text tasks of its own prompts.txt, the movie given by its name."""
         while True:
             _, _, prompt, target = self.pick(self.questions)
-            a, b = self.some(self.items, 2, 2)
+            a, b = self.some(self.told_of, 2, 2)
             facts = data.facts_of(a, b)
             if all(facts.get(name) for name in re.findall(r"\{(\w+)\}", target)):
                 prompt = (
@@ -130,9 +133,8 @@ class Corpus:
 
     def naming(self):
         item = self.pick(self.items)
-        return (
-            f"{self.pick([item['text'], self.told(item, 3, 5)])} Which movie is it? {item['title']}"
-        )
+        said = self.pick([item["text"], self.told(item, 3, 5) or item["text"]])
+        return f"{said} Which movie is it? {item['title']}"
 
     def listing(self):
         (name, value), movies = self.pick(self.values)
@@ -147,22 +149,22 @@ class Corpus:
         of the tastes a movie meets. No user of the data is involved, nor the toy world's hidden
         trait, order or weights."""
         _, _, prompt, target = self.pick(self.ranking)
-        liked = self.rng.integers(len(self.items))
+        liked = self.rng.integers(len(self.told_of))
         tastes = self.some(np.flatnonzero(self.codes[liked] >= 0), 1, 5)
         score = 2.5 * (self.codes[:, tastes] == self.codes[liked, tastes]).sum(1) + self.rng.gumbel(
-            size=len(self.items)
+            size=len(self.told_of)
         )
         count = min(int(self.rng.integers(6, 25)), len(score))
         chosen = np.argpartition(-score, count - 1)[:count]  # Gumbel-top-k, without replacement
         chosen = chosen[(-score[chosen]).argsort()]
         known, chosen = (
-            [self.items[i] for i in self.rng.permutation(chosen)[:4]],
-            [self.items[i] for i in chosen],
+            [self.told_of[i] for i in self.rng.permutation(chosen)[:4]],
+            [self.told_of[i] for i in chosen],
         )
         chosen = [item for item in chosen if item not in known]
         # Unseen ones must not use up the best
         history, answer = (chosen[:-1], chosen[-1]) if "{history}" in prompt else ([], chosen[0])
-        words = [self.items[liked]["attributes"][self.names[k]] for k in tastes]
+        words = [self.told_of[liked]["attributes"][self.names[k]] for k in tastes]
         titles = [item["title"] for item in self.some(known, 1, 4)]
         told = self.pick([words, words, titles] + ([[], self.some(words, 0, 5)] if history else []))
         user = f"user ({', '.join(told)})" if told else "user"
@@ -440,6 +442,8 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="for pretraining [cuda if there is one, else cpu]")
     arguments = p.parse_args()
-    if arguments.data and not arguments.probe and Path(arguments.out) == HERE:
+    if arguments.data and not arguments.probe and Path(arguments.out).resolve() == HERE:
         p.error("--data needs an --out of its own: this folder is the toy LLM's")
-    (probe if arguments.probe else train)(arguments)
+    if arguments.width % 32:
+        p.error(f"--width {arguments.width}: a multiple of 32, the width of a head")
+    run_script(partial((probe if arguments.probe else train), arguments))
