@@ -184,6 +184,10 @@ class Examples:
         batch = packing.collate(rows, num_items, Q)
         return packing.index(batch, self.model.names_trie, num_items, Q)
 
+    def cut(self, rows, tokens):
+        """Packed rows in lists of like length, of which the LLM reads at most `tokens` at once."""
+        return packing.of_like_length(rows, tokens, self.model.llm.packs)
+
     # -- batches
 
     def rows(self, kind, size, rng):
@@ -222,7 +226,7 @@ class Examples:
         rows["text"] = [self.pack([self.text(instance)]) for instance in instances]
 
         return {
-            kind: [self.collate(part) for part in packing.of_like_length(some, tokens)]
+            kind: [self.collate(part) for part in self.cut(some, tokens)]
             for kind, some in rows.items()
             if some
         }
@@ -299,10 +303,10 @@ def set_up_model(args, dataset, device):
     if qformer is not None:  # stage 1 has no history keys
         model.encoder.load_state_dict(model.encoder.state_dict() | qformer.state_dict())
         model.set_up()
-    if args.gradient_checkpointing:
-        model.llm.checkpoint_layers()
     if args.compile:
         model.llm.compile_layers()
+    if args.gradient_checkpointing:
+        model.llm.checkpoint_layers()
     args.batch_tokens = args.batch_tokens or (20_000 if device.type == "cuda" else 4_096)
     introduce(f"stage 2, {args.method} on {args.data} with {args.llm}", model, device)
     if not any(p.requires_grad for p in model.parameters()):
@@ -333,7 +337,7 @@ def draw_batches(examples, shares, args, step):
     batches = []
     for kind in rng.choice(KINDS, size=args.accumulate, p=shares).tolist():
         rows = examples.rows(kind, args.batch_size, rng)
-        parts = packing.of_like_length(rows, args.batch_tokens)
+        parts = examples.cut(rows, args.batch_tokens)
         batches += [(kind, examples.collate(part)) for part in parts]
     return seed, batches
 

@@ -39,7 +39,7 @@ ml1m)
 esac
 case $name in
 ml100k-smollm2*)
-    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 100 --max-users 300 --max-texts 50"
+    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 50 --max-users 250 --max-texts 25"
     stage1="--tokenizer $llm --steps 300"
     stage2="--steps 100 --batch-size 4 --accumulate 1 --name-tokens 8 --valid-users 60 --eval-every 50 --prompt-items tokens"
     case $name in *-texts) stage2="$stage2 --mix 0 0 1" ;; *) stage2="$stage2 --mix 1 0 0" ;; esac ;;
@@ -125,7 +125,7 @@ for part in $parts; do
         done ;;
     fractions)  # stage 1 alone, on a part of the texts (PERCENT=100: on all)
         for seed in 0 1 2; do for percent in ${PERCENT:-10 30 100}; do for losses in "itc itm itg" "itc itm itg ii" "itc itm itg ui" "$all"; do
-            if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "0.$percent"; fi > /dev/null
+            if [ $percent = 100 ]; then align "$losses" "$seed"; else align "$losses" "$seed" "-f$percent" --text-fraction "$(printf 0.%02d "$percent")"; fi > /dev/null
         done; done; done ;;
     queries)  # the number of soft tokens, Q-Former against MLP (4: the main part)
         for seed in 0 1 2; do for k in 1 4 16; do run ilm-k$k "$seed"; run mlp-k$k "$seed"; done; done ;;

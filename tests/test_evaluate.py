@@ -55,6 +55,17 @@ def test_the_bootstrap_knows_a_difference_from_noise():
         assert sum(tables.bootstrap(draw(n), users[:, :50], 200, fixed=True) < 0.05 for _ in range(200)) <= 20  # a reference
 
 
+def test_the_noise_of_a_seed_on_a_user_is_counted_once():
+    """Hits are 0 or 1, so that most of what seeds differ in is this noise: of no difference 1 in 20 is taken for one, no fewer."""
+    rng, taken, both = np.random.default_rng(2), 0, 0
+    for _ in range(300):
+        chance = rng.beta(0.5, 2.2, 400)
+        a, b = ((rng.random((3, 400)) < chance).astype(float) for _ in "ab")
+        p = tables.bootstrap(a, b, 300)
+        taken, both = taken + (p < 0.05), both + (p == tables.bootstrap(b, a, 300))
+    assert 6 <= taken <= 30 and both == 300
+
+
 def test_seeds_of_a_method_are_one_line(capsys):
     m = lambda hits: {**evaluate.ranking_metrics([1 if h else 99 for h in hits]), "written": {}}
     runs = [{"run": f"out/{name}", "rec": {"sequential": {"seen": m(h), "unseen": m(h)}}, "references": {"mf": m([1, 0, 0, 0])},
@@ -228,6 +239,9 @@ def test_runs_of_other_settings_are_no_seeds_of_each_other():
     assert {k: len(v) for k, v in tables.by_method(runs, lambda r: r["steps"]).items()} == {"ilm": 2, "mlp": 1}
     runs.append({"run": "out/toy/ilm", "steps": 600, "lr": 1e-3})
     assert set(tables.by_method(runs, lambda r: r["steps"])) == {"ilm-s0", "ilm-s1", "ilm", "mlp"}
+    runs = [{"run": f"{folder}/ilm-s0", "steps": steps, "split": "test"} for folder, steps in (("a", 240), ("b", 120))]
+    runs.append({**runs[0], "split": "valid"})
+    assert [len(v) for v in tables.by_method(runs, lambda r: r["steps"]).values()] == [1, 1, 1]
 
 
 def test_other_held_out_items_are_refused(script, work, tmp_path):

@@ -3,12 +3,14 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, embedded, real
 from test_ilm import named_children, purchases
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedTokenizerFast
 
 import data
 from assets.extras.chat import CONTROL, Printer
@@ -72,7 +74,7 @@ OTHERS = {
     "jamba": (ALONE, dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)), "falcon_h1": (ALONE, {}),
     "bamba": (ALONE, dict(attn_layer_indices=[1])), "recurrent_gemma": (ALONE, dict(num_hidden_layers=3)), "mamba": (ALONE, {}),
     "mamba2": (ALONE, dict(num_heads=8, head_dim=8, n_groups=1)), "rwkv": (ALONE, dict(attention_hidden_size=32)),
-    "t5gemma": (ALONE, dict(decoder_start_token_id=2, encoder=SMALL, decoder=dict(SMALL, cross_attention_hidden_size=32))),
+    "t5gemma": (ALONE, dict(encoder=SMALL, decoder=dict(SMALL, cross_attention_hidden_size=32))),
     # Words are more than their embeddings; heads of several layers; what comes later is seen
     "gemma4_text": ("cannot read embeddings", dict(hidden_size_per_layer_input=8)),
     "gemma3n_text": ("logits that are not those", dict(laurel_rank=8, num_kv_shared_layers=0, altup_num_inputs=2)),
@@ -179,7 +181,9 @@ def own_log_p(model, prompt, targets):
         if not seq2seq:
             inputs["inputs_embeds"] = inputs["inputs_embeds"][:, :-1]
     if seq2seq:
-        start = torch.full_like(targets[:, :1], model.llm.network.config.decoder_start_token_id)
+        config = model.llm.network.config
+        start = getattr(config, "decoder_start_token_id", None)
+        start = torch.full_like(targets[:, :1], config.bos_token_id if start is None else start)
         return model.llm.network(**inputs, decoder_input_ids=torch.cat([start, targets[:, :-1]], 1)).logits.float().log_softmax(-1)
     return model.llm.network(**inputs).logits[:, len(prompt) - 1:].float().log_softmax(-1)
 
@@ -357,6 +361,48 @@ def test_a_chat_template_that_asks_for_the_date_gets_a_fixed_one():
     tokenizer = make_tokenizer("bytes", "{{ strftime_now('%d %b %Y') }}|{{ messages[-1]['content'] }}|")
     assert frame(["hello"], tokenizer) == ("26 Jul 2024|hello|", False)
     assert frame(["hello", "well,"], tokenizer, "2001-02-03") == ("03 Feb 2001|hello|well,", False)
+
+
+def test_of_several_chat_templates_the_default_one_is_used():
+    tokenizer = make_tokenizer("bytes", {"default": "{{ messages[-1]['content'] }}|", "tool_use": "tools"})
+    assert frame(["hello"], tokenizer) == ("hello|", False)
+
+
+def test_writing_is_greedy_whatever_the_checkpoint_says(make_ilm, tmp_path):
+    """Beams would make a conversation fail, which prints while it is written."""
+    path = write_checkpoint(tmp_path, "llama")
+    own = make_ilm(llm=path)
+    prompts = prompts_of(own)[1:]
+    GenerationConfig(num_beams=4, repetition_penalty=1.5, min_length=56, do_sample=True, bos_token_id=2, eos_token_id=1,
+                     pad_token_id=0).save_pretrained(path)
+    other = make_ilm(llm=path)
+    assert other.llm.network.generation_config.num_beams != 4
+    assert other.generate(prompts, max_new_tokens=20) == own.generate(prompts, max_new_tokens=20)
+
+
+def test_a_micro_batch_of_an_llm_that_reads_one_by_one_is_cut_by_what_it_reads(make_ilm, tmp_path, monkeypatch):
+    model = make_ilm(llm=write_checkpoint(tmp_path, "lfm2"))
+    examples, read, forward = Examples(model, model.dataset), [], model.llm.body
+    monkeypatch.setattr(model.llm, "body", lambda x, *more: read.append(x.shape[0] * x.shape[1]) or forward(x, *more))
+    rows = examples.rows("sequential", 6, np.random.default_rng(0))
+    parts = [*examples.cut(rows, 14_000)]
+    with torch.no_grad():
+        total = sum(model(examples.collate(part))[0].item() for part in parts)
+        assert 1 < len(parts) == len(read) < 6 and max(read) <= 14_000
+        assert total == pytest.approx(model(examples.collate(rows))[0].item(), rel=1e-4)
+
+
+def test_layers_are_compiled_under_checkpoints_too(make_ilm):
+    counters = torch._dynamo.utils.counters
+    model = make_ilm()
+    batch = Examples(model, model.dataset).batch("sequential", 2, np.random.default_rng(0))
+    wanted = model.train()(batch)[0].item()
+    counters.clear()
+    model.llm.compile_layers()
+    model.llm.checkpoint_layers()
+    loss = model(batch)[0]
+    loss.backward()
+    assert counters["stats"]["unique_graphs"] > 0 and loss.item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_llm_trains_fully_if_it_is_asked_to_and_is_part_of_the_run(make, tmp_path, capsys):

@@ -9,8 +9,7 @@ import argparse
 import copy
 import json
 import math
-import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Settings:
-    """One candidate; the defaults are the first that is tried."""
+    """What sasrec_settings may change."""
 
     history: int = 50  # items looked back on
     temperature: float = 0.1  # of the cosine of state and item; 0: dot product, as in the paper
@@ -43,17 +42,6 @@ def sasrec_settings(text):
                 f"{name} {value!r}: give numbers for {', '.join(known)}"
             )
     return given
-
-
-# Tried one after another; what is best so far keeps its other settings.
-SEARCH = [
-    ("dropout", (0.5, 0.2)),
-    ("history", (20, 200)),
-    ("temperature", (0.05, 0.0)),
-    ("width", (128, 256)),
-    ("learning_rate", (1e-3,)),
-    ("weight_decay", (0.1,)),
-]
 
 
 class Block(nn.Module):
@@ -133,8 +121,12 @@ def epoch_windows(begin, end, history, rng):
     return begin[user], end[user] - rng.integers(0, spare + 1)
 
 
-def fit(dataset, validate, settings, epochs=40, patience=5, device="cpu", seed=0):
-    """Train one candidate -> score function and report of its best epoch on validation."""
+def train_sasrec(
+    dataset, validate, settings=Settings(), epochs=40, patience=5, device="cpu", seed=0
+):
+    """-> score function, (users, split) -> (B, I), of the best epoch; its report.
+
+    validate(score function) gives a number or a tuple, larger is better."""
     torch.manual_seed(seed)
     rng, pad, best = np.random.default_rng(seed), len(dataset.items), {}
     sequence, begin, end = laid_out([dataset.items_of(u, "train") for u in dataset.eligible()])
@@ -160,7 +152,10 @@ def fit(dataset, validate, settings, epochs=40, patience=5, device="cpu", seed=0
         for rows in np.array_split(rng.permutation(len(starts)), steps):
             ids = windows(sequence, starts[rows], stops[rows], settings.history + 1, pad)
             asked = ids[:, 1:] != pad
-            logits = model.logits(model(ids[:, :-1].to(device))[asked])
+            # The last item, which has nothing to predict, is padding: so the last that has stands
+            # where at test the last one does
+            known = ids[:, :-1].where(asked, pad)
+            logits = model.logits(model(known.to(device))[asked])
             loss = F.cross_entropy(logits, ids[:, 1:][asked].to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -180,31 +175,8 @@ def fit(dataset, validate, settings, epochs=40, patience=5, device="cpu", seed=0
     return score, best
 
 
-def train_sasrec(dataset, validate, settings=Settings(), trials=1, seconds=1e9, **budget):
-    """-> score function, (users, split) -> (B, I), of the best of `trials` candidates; its report.
-
-    validate(score function) gives a number or a tuple, larger is better. All candidates have the
-    same budget (see fit). Once the first is done, none begins that may not end within `seconds`.
-    """
-    began, best, reports = time.time(), None, []
-    for name, values in [("history", (settings.history,)), *SEARCH]:
-        for candidate in [replace(settings, **{name: value}) for value in values]:
-            # Is it new, and will it end in time? The slowest so far tells.
-            start = time.time()
-            longest = max((report["seconds"] for report in reports), default=0)
-            no_time = len(reports) == trials or start - began + longest > seconds
-            if reports and (candidate == settings or no_time):
-                continue
-
-            found, report = fit(dataset, validate, candidate, **budget)
-            reports.append({**report, "seconds": round(time.time() - start, 1)})
-            if best is None or report["validation"] > best["validation"]:
-                settings, score, best = candidate, found, report
-    return score, {**best, "trials": reports}
-
-
 def sasrec_reference(dataset, validate, settings, device):
-    """train_sasrec of one candidate, by HR@10 + NDCG@10 of validate(score function), a dict of
+    """train_sasrec by HR@10 + NDCG@10 of validate(score function), a dict of
     metrics. settings: those that differ from the defaults, a dict."""
 
     def value(score):

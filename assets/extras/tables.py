@@ -7,6 +7,7 @@ and seeds; of two single runs it knows their users alone.
 
 import json
 import re
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,16 +25,27 @@ def bootstrap(a, b, draws=10_000, fixed=False):
 
     Users are drawn in pairs, with replacement. Seeds are too few for that (three of them drawn so
     would show 2/3 of their variance): what they add comes from Student's t, with their pooled
-    variance; where each side has one, users alone. fixed: b is a reference, whose own noise is left
-    out."""
+    variance; where each side has one, users alone. A seed's own noise on each user is in both, and
+    is taken out of the users' draws. fixed: b is a reference, whose own noise is left out."""
     rng, U, free = np.random.default_rng(0), a.shape[1], len(a) + len(b) - 2
-    pooled = sum(((x.mean(1) - x.mean()) ** 2).sum() for x in (a, b)) / max(1, free)
+    share = 1 / len(a) + (not fixed) / len(b)
+
+    # Variance of a seed's mean over users, and of a seed's own noise on one user
+    of_means, of_noise = 0.0, 0.0
+    for x in (a, b):
+        seeds, users = x.mean(1, keepdims=True), x.mean(0, keepdims=True)
+        of_means += ((seeds - x.mean()) ** 2).sum() / max(1, free)
+        of_noise += ((x - seeds - users + x.mean()) ** 2).sum() / max(1, free) / (U - 1)
+
     difference = a.mean(0) - b.mean(0)
-    drawn = np.array([difference[rng.integers(U, size=U)].mean() for _ in range(draws)])
-    drawn += rng.standard_t(max(1, free), draws) * np.sqrt(
-        pooled * (1 / len(a) + (not fixed) / len(b))
-    )
-    return min(1.0, 2 * (int(min((drawn <= 0).sum(), (drawn >= 0).sum())) + 1) / (draws + 1))
+    mean, spread = difference.mean(), max(difference.var(ddof=1), 1e-30)
+    by_users = np.array([difference[rng.integers(U, size=U)].mean() for _ in range(draws)]) - mean
+    by_users *= np.sqrt(max(0.0, 1 - of_noise * share / spread))
+    by_seeds = rng.standard_t(max(1, free), draws) * np.sqrt(of_means * share)
+    # With both signs, so that p of a and b is p of b and a
+    drawn = mean + np.concatenate([by_users + by_seeds, by_users - by_seeds])
+    beyond = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(drawn) + 1))
 
 
 def method_of(r):
@@ -46,15 +58,18 @@ def by_method(results, pick, label=""):
 
     Runs of one name with other steps, learning rate, split or treatment of the history are no seeds
     of each other: each gets a line of its own."""
-    settings, out = {}, {}
+    keys, settings, out = ("steps", "lr", "split", "filtered"), {}, {}
     for r in results:
-        settings.setdefault(method_of(r), set()).add(
-            tuple(r.get(key) for key in ("steps", "lr", "split", "filtered"))
-        )
+        settings.setdefault(method_of(r), set()).add(tuple(r.get(key) for key in keys))
+    names = Counter(Path(r["run"]).name for r in results)
     for r in results:
-        name = (method_of(r) if len(settings[method_of(r)]) == 1 else Path(r["run"]).name) + label
+        name = method_of(r)
+        if len(settings[name]) > 1:
+            name = Path(r["run"]).name
+            if names[name] > 1:  # in two folders, or measured twice
+                name = " ".join([str(r["run"]), *(f"{key} {r.get(key)}" for key in keys)])
         with suppress(KeyError):
-            out[name] = out.get(name, []) + [pick(r)]
+            out[name + label] = out.get(name + label, []) + [pick(r)]
     return out
 
 

@@ -100,12 +100,23 @@ def pack(examples, num_items=0, Q=1):
     return row
 
 
-def of_like_length(rows, tokens):
-    """Packed rows, the longest first, in lists of at most `tokens` tokens with their padding (or of
-    one row). A loss is a sum over rows: so cut, it is the same with less padding and memory."""
-    rows = sorted(rows, key=lambda row: -len(row["ids"]))
+def tokens_read(row, packs=True):
+    """How many tokens an LLM reads of a packed row: all of them once, or, one by one, each branch
+    behind its part of the trunk and as long as the longest."""
+    if packs:
+        return len(row["ids"])
+    branch, attach = np.asarray(row["branch"]), np.asarray(row["attach"])
+    lengths = (np.bincount(branch)[branch] + attach)[branch > 0]
+    return int(lengths.max() * branch.max())
+
+
+def of_like_length(rows, tokens, packs=True):
+    """Packed rows, the longest first, in lists of which an LLM reads at most `tokens` tokens with
+    their padding (or of one row). A loss is a sum over rows: so cut, it is the same with less
+    padding and memory. packs: can the LLM be packed?"""
+    rows = sorted(rows, key=lambda row: -tokens_read(row, packs))
     while rows:
-        count = max(1, tokens // len(rows[0]["ids"]))
+        count = max(1, tokens // tokens_read(rows[0], packs))
         yield rows[:count]
         rows = rows[count:]
 

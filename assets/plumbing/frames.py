@@ -68,7 +68,8 @@ def frame(turns, tokenizer, date=CHAT_DATE):
     def written(call):
         return repr(datetime.date.fromisoformat(date).strftime(call[2]))
 
-    dated = re.sub(r"strftime_now\((['\"])(.*?)\1\)", written, tokenizer.chat_template)
+    template = tokenizer.get_chat_template()  # of several the default one
+    dated = re.sub(r"strftime_now\((['\"])(.*?)\1\)", written, template)
     framed = tokenizer.apply_chat_template(
         roles, chat_template=dated, tokenize=False, add_generation_prompt=True
     )

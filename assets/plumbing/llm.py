@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.utils import logging as hf_logging
 
@@ -75,6 +76,11 @@ class LLM(nn.Module):
         self.cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in 5.24
         network.requires_grad_(trained)
 
+        # Of the checkpoint's ways to generate only the ids stand: no beams, no penalties
+        given = getattr(network, "generation_config", None) or GenerationConfig()
+        ids = "bos_token_id eos_token_id pad_token_id decoder_start_token_id".split()
+        network.generation_config = GenerationConfig(**{k: getattr(given, k) for k in ids})
+
     def train(self, mode=True):
         """A frozen LLM stays in eval mode, whatever its parent does: its dropout would be noise
         that nothing can learn from."""
@@ -90,9 +96,10 @@ class LLM(nn.Module):
             layer.forward = partial(computed_again, layer.forward)
 
     def compile_layers(self):
-        """From now on what stands between a layer's matrix products is fused, for all shapes."""
+        """From now on what stands between a layer's matrix products is fused, for all shapes. To be
+        called before checkpoint_layers, at which a compiler would stop."""
         for layer in self.layers():
-            layer.compile(dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def layers(self):
         config = self.network.config.get_text_config()
@@ -251,6 +258,9 @@ class EncoderDecoder(LLM):
         return super().autocast()
 
     def both_ways(self, ids):
+        known = self.network.generation_config
+        if known.decoder_start_token_id is None and known.bos_token_id is None:
+            raise refusal(self.network, self.name, "says no token with which its decoder starts")
         kept = self.read(self.embed(ids), torch.ones_like(ids))
         whole = self.network(input_ids=ids, decoder_input_ids=ids).logits.float()
         return self.decode(kept, ids), whole
@@ -274,7 +284,9 @@ class EncoderDecoder(LLM):
     def follow(self, kept, ids):
         """States (N, T, width) that predict ids (N, T): the decoder reads a start token, then
         they."""
-        start = self.network.generation_config.decoder_start_token_id
+        known = self.network.generation_config
+        start = known.decoder_start_token_id
+        start = known.bos_token_id if start is None else start  # as transformers does
         return self.decode(kept, torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1))
 
 

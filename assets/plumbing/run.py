@@ -310,6 +310,7 @@ class RunDirectory:
                     parameter.copy_(self.state["weights"][name])
                 optimizer.load_state_dict(self.state["optimizer"])
                 scaler.load_state_dict(self.state["scaler"])
+        self.state = None  # as large as the optimizer's own
         signals.gently = True
 
     # -- log
@@ -380,6 +381,8 @@ class RunDirectory:
         if any(sum_over_processes(signals.came or 0)):
             self.save(step, targets=targets)
             again = shlex.join(["python", *sys.argv, *{"--resume"}.difference(sys.argv)])
+            if (world := process()[1]) > 1:
+                again = again.replace("python", f"torchrun --nproc_per_node {world}", 1)
             raise Interrupted(
                 signals.came or 15,
                 f"step {step} of {self.args.steps} is saved in {self.path}; go on with: {again}",
