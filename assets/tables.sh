@@ -39,7 +39,7 @@ ml1m)
 esac
 case $name in
 ml100k-smollm2*)
-    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 50 --max-users 250 --max-texts 25"
+    llm=${LLM:-HuggingFaceTB/SmolLM2-135M-Instruct} seeds=${SEEDS:-0} queries="" once="--controls" evaluate="--batch-size 50 --max-users 250 --max-texts 10"
     stage1="--tokenizer $llm --steps 300"
     stage2="--steps 100 --batch-size 4 --accumulate 1 --name-tokens 8 --valid-users 60 --eval-every 50 --prompt-items tokens"
     case $name in *-texts) stage2="$stage2 --mix 0 0 1" ;; *) stage2="$stage2 --mix 1 0 0" ;; esac ;;
