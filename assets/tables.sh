@@ -82,7 +82,7 @@ flags() {  # flags METHOD SEED: what train_stage2.py needs for it
 search() {  # search METHOD: the learning rate with the lowest validation loss, seed 0; as many are tried for each method
     local lr best rates="3e-4 1e-3 3e-3 6e-3"
     case $1 in mlp*) rates="3e-4 1e-3 3e-3 1e-2" ;; text*) rates="1e-4 3e-4 6e-4 1e-3" ;; esac
-    case $name in beauty | *smollm2-texts) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; esac
+    case $name in beauty) rates="1e-3 3e-3" ;; ml1m) rates=3e-3 ;; *smollm2-texts) rates="1e-3 3e-3 1e-2" ;; esac
     case $name:$1 in *smollm2:ilm*) rates=3e-3 ;; *smollm2:mlp*) rates=1e-3 ;; esac  # found with SmolLM2 on ML-1M, of these two
     for lr in $rates; do
         grep -q "^$1	$lr	" "$results/search.tsv" 2> /dev/null && continue
