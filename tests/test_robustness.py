@@ -482,7 +482,8 @@ def test_what_is_not_ours_is_not_written_over(script, work, tmp_path):
                         (prepare + ["--out", "vectors"], "has cf.npz in it, not of ours"),
                         (stage1 + ["--out", "mine"], "has config.json in it"), (stage1 + ["--out", "notes"], "has previous in it"),
                         (stage2 + ["--stage1", "stage1", "--out", "./stage1"], "take the place of --stage1"),
-                        (stage2 + ["--method", "mlp", "--out", "llm"], "the place of --llm"), (stage2 + ["--method", "mlp", "--out", "toy"], "of --data")):
+                        (stage2 + ["--method", "mlp", "--out", "llm"], "the place of --llm"),
+                        (stage2 + ["--method", "mlp", "--out", "toy"], "the place of --data")):
         one_line(script(*argv, cwd=tmp_path), 2, words)
     assert tree(tmp_path) == before
 
