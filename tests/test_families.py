@@ -407,7 +407,8 @@ def test_a_micro_batch_of_an_llm_that_reads_one_by_one_is_cut_by_what_it_reads(m
         assert total == pytest.approx(model(examples.collate(rows))[0].item(), rel=1e-4)
 
 
-def test_layers_are_compiled_under_checkpoints_too(make_ilm):
+def test_layers_are_compiled_under_checkpoints_too(make_ilm, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which needs no C++ compiler
     counters = torch._dynamo.utils.counters
     model = make_ilm()
     batch = Examples(model, model.dataset).batch("sequential", 2, np.random.default_rng(0))

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -454,8 +453,8 @@ def test_columns_as_people_name_them(tmp_path):
     assert data.facts_of(item)["text"] == "what is said of it"
 
 
-def test_a_small_llm_reads_items_without_attributes():
-    sys.path.insert(0, str(ROOT / "assets" / "toy_llm"))
+def test_a_small_llm_reads_items_without_attributes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets" / "toy_llm")
     from pretrain import Corpus
     items = [{"title": f"Film {i}", "text": f"What is said of {i}", "attributes": {"genre": "War"} if i == 3 else {}} for i in range(30)]
     corpus = Corpus(items, data.load_prompts(ROOT / "assets" / "toy_llm" / "prompts.txt"), 0)
