@@ -11,8 +11,7 @@
 Source: ILM (arXiv 2406.02844), section on stage 2; the MLP encoder is CoLLM's. The LLM is whatever
 checkpoint you name, decoder-only or encoder-decoder (assets/plumbing/llm.py). The names' trie is in
 assets/plumbing/trie.py. Packed rows and the search, which are only faster, are in assets/fast/;
-Prompt, soft_index and index of assets/fast/packing.py say what a batch holds: read them before
-`embed`."""
+what of them to read first, before `embed`, the README says."""
 
 from pathlib import Path
 
@@ -182,7 +181,7 @@ class ILM(nn.Module):
         # so that it is the same for all methods
         who, places = training_moments(self.dataset.indptr, 2_000)
         vectors = self.dataset.standard_users(self.dataset.users_before(who, places))
-        histories = [self.dataset.items_of(u, "train")[:n] for u, n in zip(who, places)]
+        histories = [self.dataset.items_of(u, "train")[:place] for u, place in zip(who, places)]
         users = self.with_history(vectors, histories).to(self.cf)
         items = self.with_history(self.cf[:: self.num_items // 5_000 + 1])
         encode = self.encoder.eval().encode
@@ -195,10 +194,11 @@ class ILM(nn.Module):
             logit' = log_count[child] + tau * logit
 
         log_count is the log of a sum over the items below the child, each 1 + its training
-        purchases ("uniform": each 1, so that all names are alike; "none": log_count is 0). tau says
+        purchases ("uniform": each 1, so that all names are alike; "none": log_count is 0). With tau
+        0, p of a name would be its item's share of all of these. tau says
         how loudly the LLM is heard; it is learned where soft tokens are or the LLM trains. So an
         ILM starts near popularity, not at a frozen LLM's opinion of titles, which would have to be
-        unlearned first: 7.3 nats in place of 9.8 on ML-100K, where popularity has 7.0. DEVIATION:
+        unlearned first: 7.3 nats in place of 9.8 on ML-100K, where popularity has 6.9. DEVIATION:
         the paper has none (--prior none --temperature fixed)."""
         purchases = self.dataset.purchases if prior == "popularity" else torch.zeros(self.num_items)
         log_count = self.names_trie.sums(1 + purchases).log().float()
@@ -289,7 +289,7 @@ class ILM(nn.Module):
                 if what == "words":
                     text += said
                 elif what == "user":
-                    person, vector = (user, cf) if said is None else (said, None)
+                    person, vector = (said, None) if said is not None else (user, cf)
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
                         vectors.append(self.user_now(person) if vector is None else vector)
@@ -302,8 +302,10 @@ class ILM(nn.Module):
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]
         soft = [SOFT_BASE + entity * self.Q + q for entity in entities for q in range(self.Q)]
         assert ids.count(self.soft_id) == len(soft), "the tokenizer lost a soft token"
-        soft = iter(soft)
-        return Prompt([next(soft) if i == self.soft_id else i for i in ids], vectors)
+        places = [place for place, i in enumerate(ids) if i == self.soft_id]
+        for place, i in zip(places, soft):
+            ids[place] = i
+        return Prompt(ids, vectors)
 
     def user_words(self, user):
         """What is said of a user: "user", and their id where there is no soft token."""
@@ -330,10 +332,10 @@ class ILM(nn.Module):
 
     def embed(self, ids, batch=()):
         """Token ids (B, L) -> input embeddings (B, L, hidden): words from the LLM's table, soft
-        tokens from the item encoder. batch: what soft_index says of the ids: soft_item (n,), the
-        different items, soft_cf (m, E'), users and mixtures; at each of the S soft tokens
-        soft_place (S,), where it stands in ids laid end to end, and soft_token (S,), which of the
-        (n + m) * Q it is. Nothing where there is none."""
+        tokens from the item encoder. batch, of soft_index: items soft_item (n,), users and mixtures
+        soft_cf (m, E'), each once, who become (n + m) * Q soft tokens; of the S places in ids that
+        hold one, soft_place (S,), its index in ids.flatten(), and soft_token (S,), its row among
+        those. Nothing where there is none."""
         if "soft_place" not in batch:
             return self.llm.embed(ids)
         words = self.llm.embed(ids.masked_fill(ids >= SOFT_BASE, 0))
@@ -355,10 +357,10 @@ class ILM(nn.Module):
             own = logits.gather(1, targets["word_id"][:, None])[:, 0]
             log_p = log_p.index_copy(0, targets["word_at"], own - logits.logsumexp(1))
         if len(targets["name_at"]):
-            parent, child, trie = targets["parent"], targets["child"], self.trie()
+            parent, child, trie = targets["parent"], targets["child"], self.trie()  # (M,): children
             hidden = hidden.index_select(0, targets["name_at"])
             logits = self.llm.head(hidden, trie.vocabulary)  # (named, tokens of names)
-            logit = self.among_children(logits[parent, trie.column[child]], child)
+            logit = self.among_children(logits[parent, trie.column[child]], child)  # (M,)
             total = segment_logsumexp(logit, parent, len(hidden))
             own = logit.index_select(0, targets["own_child"])
             log_p = log_p.index_copy(0, targets["name_at"], own - total)
@@ -378,7 +380,8 @@ class ILM(nn.Module):
 
     def here(self, batch):
         """Tensors of a batch on the model's device."""
-        return {key: value.to(self.cf.device, non_blocking=True) for key, value in batch.items()}
+        moved = {key: x for key, x in batch.items() if torch.is_tensor(x)}
+        return batch | {k: x.to(self.cf.device, non_blocking=True) for k, x in moved.items()}
 
     def embed_prompts(self, prompts):
         """Prompts -> embeddings (B, L, hidden), mask (B, L), 1 at tokens, padded on one side."""
@@ -386,21 +389,18 @@ class ILM(nn.Module):
         return self.embed(batch["ids"], batch), batch["mask"]
 
     @torch.no_grad()
-    def score(self, prompts, items, chunk=64):
+    def score(self, prompts, items):
         """log p of items' names after each prompt, prompts (B,), items (N,) -> (B, N). This is what
         ranking *is*: the sum over a name's tokens of log p, p divided among the trie's children at
         each of them, until the name is decided. Tests alone call it: rank is its fast twin."""
         scores = torch.zeros(len(prompts), len(items))
         for row, prompt in enumerate(prompts):
             kept = self.llm.read(*self.embed_prompts([prompt]))
-            for start in range(0, len(items), chunk):
-                paths = [self.names_trie.paths[i] for i in items[start : start + chunk]]
-                names, nodes = zip(*paths)
-                hidden = self.llm.states(kept, names)
-                token, node = (torch.tensor(sum(parts, [])) for parts in (names, nodes))
-                targets = self.here(index_targets(self.names_trie, token, node))
-                log_p = self.log_p(hidden, targets).cpu().split([len(name) for name in names])
-                scores[row, start : start + chunk] = torch.stack([part.sum() for part in log_p])
+            for column, item in enumerate(items):
+                tokens, nodes = map(torch.tensor, self.names_trie.paths[item])  # (T,), (T,)
+                targets = self.here(index_targets(self.names_trie, tokens, nodes))
+                hidden = self.llm.states(kept, [tokens])  # (T, hidden)
+                scores[row, column] = self.log_p(hidden, targets).sum()
         return scores
 
     def rank(self, prompts, trie, beams=None, taken=None):

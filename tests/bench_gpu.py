@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_stage2  # noqa: E402
-from assets.fast.packing import packed_attention  # noqa: E402
+from assets.fast.attention import packed_attention  # noqa: E402
 from data import load_dataset  # noqa: E402
 from evaluate import targets_and_taken  # noqa: E402
 from ilm import build_ilm  # noqa: E402
@@ -31,6 +31,7 @@ p.add_argument("--rows", type=int, nargs="+", default=[2])
 p.add_argument("--users", type=int, nargs="+", default=[4])
 p.add_argument("--num-queries", default="4")
 p.add_argument("--compile", action="store_true", help="compile the LLM's layers as well (10 to 30 s) and measure again")
+p.add_argument("--pieces", action="store_true", help="attention in pieces as well (the CPU's way), eager, and measure again")
 p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 args = p.parse_args()
 device, gpu, began = torch.device(args.device), args.device.startswith("cuda"), time.time()
@@ -100,7 +101,7 @@ def training(name, kind, rows, batch=examples.batch):
     for batch in batches[1:]:
         real = batch["branch"] >= 0
         tokens += int(real.sum()) / 3
-        pairs += int((packed_attention(batch)[:, 0] & real[:, :, None]).sum()) / 3
+        pairs += int((packed_attention(batch["branch"])[:, 0] & real[:, :, None]).sum()) / 3
         targets += len(batch["target_at"]) / 3
     loss = step(batches[1]).item() / len(batches[1]["target_at"])
     needed = 4 * weights * tokens + 12 * shape.hidden_size * shape.num_hidden_layers * pairs
@@ -134,6 +135,11 @@ for kind in ("sequential", "straightforward"):
 training("one a row", "sequential", args.rows[0], one_a_row)
 for users in args.users:
     ranking(users)
+if args.pieces:
+    whole, model.llm.in_pieces = model.llm.in_pieces, True
+    for rows in args.rows:
+        training("pieces", "sequential", rows)
+    model.llm.in_pieces = whole
 if args.compile:
     model.llm.compile_layers()
     for rows in args.rows[::-1]:

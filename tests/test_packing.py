@@ -5,7 +5,8 @@ import torch
 from conftest import as_read, embedded
 from test_ilm import SEQUENTIAL, prompts_of
 
-from assets.fast.packing import SOFT_BASE, collate, pack, packed_attention
+from assets.fast.attention import cut_in_pieces, in_pieces, packed_attention
+from assets.fast.packing import SOFT_BASE, collate, pack
 from train_stage2 import Examples
 
 
@@ -37,13 +38,12 @@ def test_packed_loss_is_the_loss_of_the_examples_one_by_one(make_ilm, method):
 def test_packed_rows_by_hand():
     row = pack([([1, 2, 9], [5, 0]), ([1, 2, 3, 9], [6, 7, 0], [0, 4, -1])])
     assert row["cf"] == [] and row["node"] == [-1] * 5 + [0, 4, -1]
-    assert row["ids"] == [1, 2, 3, 9, 5, 9, 6, 7]
-    assert row["position"] == [0, 1, 2, 2, 3, 3, 4, 5]
-    assert row["branch"] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert row["attach"] == [0, 0, 0, 2, 2, 3, 3, 3]
-    assert row["label"] == [-100, -100, -100, 5, 0, 6, 7, 0]
-    mask = packed_attention(collate([row]))[0, 0].int().tolist()
-    assert mask[4] == [1, 1, 0, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 1, 0, 0, 1, 1, 1]
+    assert row["ids"] == [1, 2, 9, 5, 3, 9, 6, 7]
+    assert row["position"] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert row["branch"] == [0, 0, 1, 1, 0, 2, 2, 2]
+    assert row["label"] == [-100, -100, 5, 0, -100, 6, 7, 0]
+    mask = packed_attention(collate([row])["branch"])[0, 0].int().tolist()
+    assert mask[3] == [1, 1, 1, 1, 0, 0, 0, 0] and mask[7] == [1, 1, 0, 0, 1, 1, 1, 1]
 
 
 def test_vectors_of_prompts_packed_and_collated_stay_with_their_prompts(make_ilm):
@@ -106,3 +106,37 @@ def test_checkpointed_layers_keep_less_and_give_the_same_gradients(make_ilm):
     after = gradients()
     assert all(torch.equal(a, b) for a, b in zip(before, after)) and len(before) == len(after) > 5
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("kind", ["sequential", "straightforward"])
+def test_pieces_show_each_token_what_it_may_see_once(make_ilm, kind):
+    """The pairs of packed_attention, laid out of the pieces again; and fewer pairs are looked at."""
+    model = make_ilm()
+    examples = Examples(model, model.dataset)
+    batch = examples.batch(kind, 3, np.random.default_rng(0))
+    batch |= cut_in_pieces(batch["branch"], long=0)
+    wanted, looked = packed_attention(batch["branch"])[:, 0].int(), 0
+    pieces, seen = in_pieces(batch), torch.zeros_like(wanted)
+    for (start, stop, near, far), mask in zip(pieces.places, pieces.masks):
+        looked += mask[0].numel()
+        for row, at in enumerate(pieces.trunk_at.tolist()):
+            keys = at[:far] + [*range(near, stop)]
+            for key, allowed in zip(keys, mask[row, 0].int().T):
+                seen[row, start:stop, key] += allowed
+    real = batch["branch"] >= 0  # padding sees itself, and nobody sees it
+    assert torch.equal(seen[real], wanted[real]) and looked < 0.7 * wanted[0].numel()
+
+
+def test_attention_in_pieces_has_the_same_losses_and_gradients(make_ilm):
+    seen = []
+    for fast in (True, False):
+        model = make_ilm().train()
+        assert model.llm.in_pieces
+        model.llm.in_pieces = fast
+        batch = Examples(model, model.dataset).batch("sequential", 3, np.random.default_rng(0))
+        total, nll = model(batch | cut_in_pieces(batch["branch"], long=0))
+        total.backward()
+        seen.append((nll, model.adapter.maps[0].weight.grad))
+    for a, b in zip(*seen):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert not cut_in_pieces(batch["branch"][:, :200])  # short rows are as fast whole

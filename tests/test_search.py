@@ -26,13 +26,6 @@ def test_the_search_gives_every_item_the_score_of_the_definition(make_ilm, metho
     torch.testing.assert_close(model.rank(prompts, model.trie()), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_scores_do_not_depend_on_the_chunks_they_are_computed_in(make_ilm):
-    model = make_ilm()
-    prompts = asked(model, "sequential")[:1]
-    whole, parts = model.score(prompts, range(30)), model.score(prompts, range(30), chunk=7)
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
-
-
 def test_the_catalogue_has_a_probability_of_one(make_ilm):
     model = make_ilm()
     scores = model.score(asked(model, "sequential"), range(120))

@@ -41,7 +41,8 @@ def test_batches_are_a_function_of_seed_and_step(make_ilm):
     examples = Examples(model := make_ilm(), model.dataset)
     for kind in ("sequential", "straightforward", "text"):
         a, b, c = (examples.batch(kind, 3, np.random.default_rng([0, step])) for step in (1, 1, 2))
-        assert all(torch.equal(a[k], b[k]) for k in a) and not all(a[k].shape == c[k].shape and torch.equal(a[k], c[k]) for k in a)
+        a, b, c = ({k: torch.as_tensor(v) for k, v in batch.items()} for batch in (a, b, c))
+        assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a if k in c)
 
 
 def test_one_batch_is_overfitted(make_ilm):
@@ -124,7 +125,7 @@ def test_prompts_cut_from_the_longest_are_those_of_each_prefix(make_ilm, method,
             named = [(prompt, *examples.name_target(i)) for prompt, i in zip(prompts, window[1:])]
             batches.append(examples.collate([examples.pack(named)]))
         assert batches[0].keys() == batches[1].keys()
-        assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+        assert all(torch.equal(*(torch.as_tensor(batch[key]) for batch in batches)) for key in batches[0])
 
 
 def test_prompts_that_do_not_fit_the_context_are_those_of_each_prefix_too(make_ilm):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from assets.fast.attention import cut_in_pieces, in_pieces, packed_attention
 from assets.plumbing.trie import index_targets
 
 SOFT_BASE = 1 << 24  # more than any vocabulary has
@@ -47,22 +48,22 @@ def item_ends(ids, num_items, Q):
 
 
 def pack(examples, num_items=0, Q=1):
-    """Examples (prompt, target ids[, trie nodes]) that share beginnings -> one row: a trunk, and a
-    branch for each example.
+    """Examples (prompt, target ids[, trie nodes]) that share beginnings -> one row: a trunk, which
+    is the longest prompt but for its end, and a branch for each example, standing where it leaves
+    the trunk.
 
-        trunk     A B C .        the longest prompt, "So far: A, B, C. Next for u", but for its end
-        branch 1  A | . u: B     sees A and itself
-        branch 2  A B | . u: C   sees A B and itself
-        branch 3  A B C . | u: D
+        prompts  "So far: A. Next for u:", "So far: A, B. Next for u:", "So far: A, B, C. Next ..."
+        row      A [. u: B] B [. u: C] C . [u: D]
+        branch   0  1 1  1  0  2 2  2  0 0  3  3
 
-    Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one 11 times (toy
-    world). A branch repeats its prompt's last token, since that is the one that predicts the
-    target.
+    A token sees what stands before it in the trunk and in its own branch (packed_attention): [. u:
+    C] sees A B. Twenty prefixes of a history have 2.3 times the tokens of the longest, one by one
+    11 times (toy world). A branch repeats its prompt's last token, since that is the one that
+    predicts the target.
 
     num_items, Q: of the model. Returns a dict of lists: cf (the vectors of users), ids, position
-    (in the branch's own prompt), branch (0 = trunk), attach (trunk tokens it sees), label, node (of
-    the trie, among whose children a token of a name is chosen; -1: the whole vocabulary, or no
-    target)."""
+    (in the token's own prompt), branch (0 = trunk, n = the n-th example), label, node (of the trie,
+    among whose children a token of a name is chosen; -1: the whole vocabulary, or no target)."""
     # The vectors of all prompts, one after the other
     cf, prompts = [], []
     for prompt, *_ in examples:
@@ -70,33 +71,27 @@ def pack(examples, num_items=0, Q=1):
         cf += getattr(prompt, "vectors", [])
 
     # How many tokens of the longest prompt each begins with, its own last one aside
-    longest, shared = max(prompts, key=len), []
+    longest, shared = max(prompts[::-1], key=len), []
     for prompt in prompts:
         common = next((k for k, (a, b) in enumerate(zip(prompt, longest)) if a != b), len(prompt))
         shared.append(min(common, len(prompt) - 1))
-    trunk = max(shared)  # len(longest) - 1
-    row = {
-        "cf": cf,
-        "ids": longest[:trunk],
-        "position": list(range(trunk)),
-        "branch": [0] * trunk,
-        "attach": [0] * trunk,
-        "label": [-100] * trunk,
-        "node": [-1] * trunk,
-    }
 
-    # The branches: what is left of each prompt, and the target but for its last token
-    for number, (example, prompt, n) in enumerate(zip(examples, prompts, shared), 1):
-        target = example[1]
-        nodes = example[2] if len(example) > 2 else [-1] * len(target)
-        before = len(prompt) - n - 1  # tokens of the branch that predict nothing that counts
-        length = before + len(target)
-        row["ids"] += (prompt[n:] + target)[:-1]
-        row["position"] += range(n, n + length)
-        row["branch"] += [number] * length
-        row["attach"] += [n] * length
-        row["label"] += [-100] * before + target
-        row["node"] += [-1] * before + nodes
+    row = {"cf": cf, "ids": [], "position": [], "branch": [], "label": [], "node": []}
+
+    def add(branch, first, ids, label=(), node=()):
+        """Tokens, from position `first` on; label and node are of the last of them."""
+        row["ids"] += ids
+        row["position"] += range(first, first + len(ids))
+        row["branch"] += [branch] * len(ids)
+        row["label"] += [-100] * (len(ids) - len(label)) + [*label]
+        row["node"] += [-1] * (len(ids) - len(node)) + [*node]
+
+    done = 0
+    for k in np.argsort(shared, kind="stable"):
+        n, target, *node = shared[k], *examples[k][1:]
+        add(0, done, longest[done:n])
+        add(int(k) + 1, n, (prompts[k][n:] + target)[:-1], target, *node)
+        done = n
     return row
 
 
@@ -105,8 +100,8 @@ def tokens_read(row, packs=True):
     behind its part of the trunk and as long as the longest."""
     if packs:
         return len(row["ids"])
-    branch, attach = np.asarray(row["branch"]), np.asarray(row["attach"])
-    lengths = (np.bincount(branch)[branch] + attach)[branch > 0]
+    branch = np.asarray(row["branch"])
+    lengths = (np.bincount(branch)[branch] + (branch == 0).cumsum())[branch > 0]
     return int(lengths.max() * branch.max())
 
 
@@ -124,7 +119,7 @@ def of_like_length(rows, tokens, packs=True):
 def collate(rows, num_items=0, Q=1):
     """Pad packed rows on the right -> dict of (B, L) tensors; padding is a branch of its own (-1),
     without labels. "cf" is the list of all rows' vectors, one row after the other."""
-    padding = {"ids": 0, "position": 0, "branch": -1, "attach": 0, "label": -100, "node": -1}
+    padding = {"ids": 0, "position": 0, "branch": -1, "label": -100, "node": -1}
     shape = len(rows), max(len(row["ids"]) for row in rows)
     arrays = {key: np.full(shape, pad) for key, pad in padding.items()}
     first, cf = SOFT_BASE + num_items * Q, []
@@ -137,39 +132,20 @@ def collate(rows, num_items=0, Q=1):
     return {**{key: torch.from_numpy(array) for key, array in arrays.items()}, "cf": cf}
 
 
-# ---- Who may see whom there ----------------------------------------------------------------------
-
-
-def packed_attention(batch):
-    """The mask of packed rows -> (B, 1, L, L), True means "may attend". A token sees what stands
-    before it in its own branch, and the part of the trunk before its branch left:
-
-        key      A B C . | . u | . u | u
-        trunk C  x x x .   . .   . .   .
-        . u of 1 x . . .   x x   . .   .       branch 1 left after A
-        . u of 2 x x . .   . .   x x   .       branch 2 left after B, and does not know branch 1
-        u of 3   x x x x   . .   . .   x       the longest prompt's: it alone sees the trunk's "."
-
-    (". u" is the end of a prompt, as in "So far: A, B. Next for user u"; within a branch, too, no
-    token sees the next.)"""
-    branch, position, attach = batch["branch"], batch["position"], batch["attach"]
-    L = branch.shape[1]
-    earlier = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
-    own = (branch[:, :, None] == branch[:, None, :]) & earlier
-    trunk = (branch[:, None, :] == 0) & (position[:, None, :] < attach[:, :, None])
-    return (own | trunk)[:, None]
+# ---- What an LLM makes of them -------------------------------------------------------------------
 
 
 def unpacked(batch):
     """Yield every branch of packed rows as an example of its own, in order: where its prompt stands
     in the rows, laid end to end (P,), and its target ids (T,)."""
-    parts = zip(*(batch[key] for key in ("ids", "position", "branch", "attach", "label")))
-    for row, (ids, position, branch, attach, label) in enumerate(parts):
+    L = batch["ids"].shape[1]
+    for row, (branch, label) in enumerate(zip(batch["branch"], batch["label"])):
+        trunk = (branch == 0).nonzero()[:, 0]
         for number in range(1, int(branch.max()) + 1):
             own = (branch == number).nonzero()[:, 0]
             first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
-            trunk = ((branch == 0) & (position < attach[own[0]])).nonzero()[:, 0]
-            yield row * len(ids) + torch.cat([trunk, own[: first + 1]]), label[own[first:]]
+            prompt = torch.cat([trunk[trunk < own[0]], own[: first + 1]])
+            yield row * L + prompt, label[own[first:]]
 
 
 def target_states(llm, embeddings, batch):
@@ -178,7 +154,9 @@ def target_states(llm, embeddings, batch):
     the definition: a prompt's soft tokens are the same wherever they stand."""
     flat = embeddings.flatten(0, 1)
     if llm.packs:
-        hidden = llm.body(embeddings, packed_attention(batch), batch["position"])
+        fast = llm.in_pieces and "pieces" in batch
+        mask = in_pieces(batch) if fast else packed_attention(batch["branch"])
+        hidden = llm.body(embeddings, mask, batch["position"])
         return hidden.flatten(0, 1).index_select(0, batch["target_at"])
     places, targets = zip(*unpacked(batch))
     place = pad_sequence(places, True, -1, llm.side)
@@ -195,7 +173,8 @@ def index(batch, trie, num_items, Q):
     cf, label = batch.pop("cf"), batch["label"].flatten()
     target = (label >= 0).nonzero()[:, 0]
     targets = index_targets(trie, label[target], batch["node"].flatten()[target])
-    return batch | {"target_at": target} | soft_index(batch["ids"], cf, num_items, Q) | targets
+    batch |= {"target_at": target} | targets | cut_in_pieces(batch["branch"])
+    return batch | soft_index(batch["ids"], cf, num_items, Q)
 
 
 def soft_index(ids, cf, num_items, Q):

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from assets.fast.attention import Pieces
 from assets.plumbing.guard import InputError
 from assets.plumbing.packable import (
     base_of,
@@ -97,7 +98,9 @@ class LLM(nn.Module):
 
     def compile_layers(self):
         """From now on what stands between a layer's matrix products is fused, for all shapes. To be
-        called before checkpoint_layers, at which a compiler would stop."""
+        called before checkpoint_layers, at which a compiler would stop. Rows stay whole: it would
+        make a graph for each way to cut them."""
+        self.in_pieces = False
         for layer in self.layers():
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -116,7 +119,9 @@ class LLM(nn.Module):
             self.loudness(ids[0])  # some types keep nothing of the kind between their layers
             if self.packs:
                 network, name = self.network, self.name
-                self.packs, self.generates = how_to_read(network, self.body, self.head, name)
+                known = how_to_read(network, self.body, self.head, name)
+                self.packs, self.in_pieces, self.generates = known
+                self.in_pieces &= network.device.type == "cpu"  # assets/fast/attention.py
                 if not self.packs:
                     kind = network.config.model_type
                     say(f"--llm {name}: of type {kind}, which reads one by one: slower")
@@ -197,7 +202,7 @@ class DecoderOnly(LLM):
     """The prompt and what is written are one sequence."""
 
     side = "left"  # where prompts are padded: they end where writing goes on
-    packs = generates = True
+    packs = generates = in_pieces = True
 
     @property
     def reader(self):
@@ -209,11 +214,16 @@ class DecoderOnly(LLM):
 
     def body(self, embeddings, mask=None, positions=None, cache=None):
         """All but the head -> last hidden states (B, L, width); a cache grows. mask: (B, L), 1 at
-        tokens, or (B, 1, L, S), True means "may attend"; positions (B, L). None: as the type has
-        it."""
-        if mask is not None and mask.ndim == 4:
-            mask = additive(mask, embeddings.dtype)
-        given = {"attention_mask": mask, "position_ids": positions, self.cache_name: cache}
+        tokens, (B, 1, L, S), True means "may attend", or Pieces; positions (B, L). None: as the
+        type has it."""
+        pieces, dtype = None, embeddings.dtype
+        if isinstance(mask, Pieces):
+            pieces = mask._replace(masks=[additive(part, dtype) for part in mask.masks])
+            mask = pieces.masks[0]  # not read, but a type makes none of its own then
+        elif mask is not None and mask.ndim == 4:
+            mask = additive(mask, dtype)
+        given = {"attention_mask": mask, "position_ids": positions, "pieces": pieces}
+        given[self.cache_name] = cache
         return self.reader(
             inputs_embeds=embeddings,
             use_cache=cache is not None,
@@ -245,7 +255,7 @@ class EncoderDecoder(LLM):
     right."""
 
     side = "right"
-    packs, generates = False, True
+    packs, generates, in_pieces = False, True, False
 
     @property
     def reader(self):

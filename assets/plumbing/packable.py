@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from transformers import DynamicCache
 
+from assets.fast.attention import SDPA_IN_PIECES, cut_in_pieces, in_pieces, packed_attention
 from assets.plumbing.guard import InputError
 
 LENGTH = 11  # tokens of each of the five prompts
@@ -44,11 +45,12 @@ def refusal(llm, name, why):
 
 def how_to_read(llm, body, head, name):
     """Whether a decoder-only LLM reads packed rows, and ranks side by side with a cache, as it
-    reads examples one by one; and whether transformers' generate goes on from embeddings as one by
-    one does -> two bools. InputError where one by one is wrong.
+    reads examples one by one; whether it lets attention go in pieces, which is set then; and
+    whether transformers' generate goes on from embeddings as one by one does -> three bools.
+    InputError where one by one is wrong.
 
     body, head: of an LLM (assets/plumbing/llm.py); name: what --llm says. It costs a reading of 55
-    tokens, one of 47 and three of 24 together (20 ms for the toy LLM); of 180 tokens more for a
+    tokens, two of 46 and three of 24 together (20 ms for the toy LLM); of 180 tokens more for a
     type that does not pack."""
     trial = Trial(llm, body, head)
     packed = (
@@ -60,7 +62,20 @@ def how_to_read(llm, body, head, name):
     if not packed and not trial.agrees(trial.with_other_ends):
         raise refusal(llm, name, "sees the words that it shall predict")
     forwards = inspect.signature(llm.prepare_inputs_for_generation).parameters
-    return packed, "inputs_embeds" in forwards and (packed or trial.agrees(trial.written))
+    generates = "inputs_embeds" in forwards and (packed or trial.agrees(trial.written))
+    return packed, packed and set_in_pieces(llm, trial), generates
+
+
+def set_in_pieces(llm, trial):
+    """Attention from now on that knows Pieces, if the type lets it and is right with it."""
+    before = llm.config._attn_implementation
+    if before != "sdpa" or not llm._can_set_attn_implementation():
+        return False
+    llm.set_attn_implementation(SDPA_IN_PIECES)
+    right = trial.agrees(trial.packed_in_pieces)
+    if not right:
+        llm.set_attn_implementation(before)
+    return right
 
 
 def continue_alone(llm, embeddings, mask, max_new_tokens, ends, streamer=None):
@@ -132,21 +147,24 @@ class Trial:
             return False
         return bool(((found - wanted).norm(dim=-1) / self.spread).quantile(0.75) < self.tolerance)
 
-    def packed(self):
+    def packed(self, cut=lambda branch: {}):
         """A trunk, and the prompts as branches that leave it (assets/fast/packing.py)."""
-        trunk, filler = self.ids[-1, : max(SHARED)], self.other[0, :1].expand(self.gap)
-        parts = [(0, 0, trunk), (-1, 0, filler)]  # branch, its first position, its tokens
+        filler, parts, done = self.other[0, :1].expand(self.gap), [], 0
         for number, (row, shared) in enumerate(zip(self.ids, SHARED), 1):
-            parts.append((number, shared - 1, row[shared - 1 :]))
+            own = row[shared - 1 :]
+            parts += [(0, done, row[done : shared - 1]), (-1, 0, filler), (number, shared - 1, own)]
+            done = shared - 1  # branch, its first position, its tokens
         ids = torch.cat([own for *_, own in parts])
         branch = torch.cat([torch.full_like(own, number) for number, _, own in parts])
-        attach = torch.cat([torch.full_like(own, first) for _, first, own in parts])
-        position = attach + torch.cat([torch.arange(len(own)) for *_, own in parts]).to(ids)
-        sees = (branch[:, None] == branch) & torch.ones_like(ids.expand(len(ids), -1)).tril().bool()
-        sees |= (branch == 0) & (position < attach[:, None])
-        found = self.predict(ids[None], sees[None, None], position[None])[0]
+        position = torch.cat([first + torch.arange(len(own)).to(own) for _, first, own in parts])
+        pieces = cut(branch[None].cpu())
+        mask = in_pieces(pieces) if pieces else packed_attention(branch[None])
+        found = self.predict(ids[None], mask, position[None])[0]
         wanted = [row[shared - 1 :] for row, shared in zip(self.alone, SHARED)]
         return found[branch > 0], torch.cat(wanted)
+
+    def packed_in_pieces(self):
+        return self.packed(lambda branch: {"branch": branch} | cut_in_pieces(branch, long=0))
 
     def side_by_side(self):
         """Two prompts, padded on the left, into a cache. Then two of their tokens, one after the
