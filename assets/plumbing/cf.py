@@ -52,22 +52,23 @@ def solve_rows(gram, S, b, weight, settings, N):
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(A))[..., 0]
 
 
-def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
+def als_solve(fixed, batches, num_rows, settings, solver=None):
     """Vectors (num_rows, E) of one side given the other's, fixed (N, E). Half a step of ALS.
 
-    batches: of length_batches; column N is the padding, a vector of zeros. recency: columns are in
-    time order, and one that lies j steps before its row's last weighs recency ** j. gram (E, E):
-    Y'Y, where it is known.
+    batches: of length_batches; column N is the padding, a vector of zeros. solver: a UserSolver,
+    some of whose items are `fixed`; then columns are in time order, and one that lies j steps
+    before its row's last weighs recency ** j.
     """
-    N, E = fixed.shape
-    gram = fixed.T @ fixed if gram is None else gram
-    eigenvalues, basis = torch.linalg.eigh(gram)
+    pad, E = fixed.shape
+    solver = solver or UserSolver(fixed, replace(settings, recency=1.0))
+    N, gram, recency = len(solver.item_cf), solver.gram, solver.recency
+    eigenvalues, basis = solver.axes
     padded = F.pad(fixed, (0, 0, 0, 1))
     rotated = padded @ basis
     solved = torch.zeros(num_rows, E)
     for rows, columns in batches:
         # The weight of each column, zero for padding. (R, L)
-        real = columns < N
+        real = columns < pad
         w = real.float()
         if recency < 1:
             steps_back = real.sum(1, keepdim=True) - 1 - torch.arange(columns.shape[1])
@@ -76,7 +77,7 @@ def als_solve(fixed, batches, num_rows, settings, recency=1.0, gram=None):
         # Fast: a row of few interactions is a smaller system.
         if 2 * columns.shape[1] < E:
             Z = F.embedding(columns, rotated)  # (R, L, E)
-            short = solve_short_rows(Z, eigenvalues.clamp(min=0), w, settings, N)
+            short = solve_short_rows(Z, eigenvalues, w, settings, N)
             solved[rows] = short @ basis.T
             continue
 
@@ -147,12 +148,13 @@ class UserSolver:
 
     def of_histories(self, histories):
         """Item indices in time order, a list of B arrays -> (B, E); an empty one gives zeros."""
-        B, I = len(histories), len(self.item_cf)
+        B = len(histories)
         lengths = torch.tensor([len(h) for h in histories], dtype=torch.long)
         items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64)
+        some, items = np.unique(items, return_inverse=True)  # a user needs no whole catalogue
         rows = torch.repeat_interleave(lengths)
-        batches = length_batches(rows, torch.from_numpy(items), B, I)
-        return als_solve(self.item_cf, batches, B, self.settings, self.recency, self.gram)
+        batches = length_batches(rows, torch.from_numpy(items), B, len(some))
+        return als_solve(self.item_cf[some], batches, B, self.settings, self)
 
     def before(self, history, places):
         """One user's history (H,) -> their vectors (n, E) before each place (n,) of it: those of
@@ -220,16 +222,21 @@ def users_together(solver, indptr, sequence, user_cf=None, count=10_000):
     """What cf.npz holds of all users: user_stats (2, E), mean and standard deviation at `count`
     training moments; user_gram (E, E), X'X of their vectors X as ALS has them; user
     (U, E), where another engine has them."""
-    at_moments = everyone = user_cf
-    if user_cf is None:
+    at_moments = user_cf
+    if user_cf is not None:
+        gram = user_cf.T @ user_cf
+    else:
         owners, items = training_pairs(indptr, sequence)
         ends = np.bincount(owners, minlength=len(indptr) - 1).cumsum()
         histories = np.split(items, ends[:-1])
         users, places = training_moments(indptr, count)
         at_moments = solver.moments([histories[u] for u in users], places)
-        everyone = solver.still().of_histories(histories)
-    mean, deviation = torch.zeros_like(everyone[0]), torch.ones_like(everyone[0])
+        gram, still = torch.zeros_like(solver.gram), solver.still()
+        for start in range(0, len(histories), 1 << 16):
+            everyone = still.of_histories(histories[start : start + (1 << 16)])
+            gram += everyone.T @ everyone
+    mean, deviation = torch.zeros_like(gram[0]), torch.ones_like(gram[0])
     if len(at_moments) > 1:
         mean, deviation = at_moments.mean(0), at_moments.std(0).clamp(min=1e-6)
-    kept = {"user_stats": torch.stack([mean, deviation]), "user_gram": everyone.T @ everyone}
+    kept = {"user_stats": torch.stack([mean, deviation]), "user_gram": gram}
     return kept if user_cf is None else {**kept, "user": user_cf}

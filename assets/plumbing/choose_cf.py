@@ -77,7 +77,9 @@ def choose_cf(indptr, items, num_items, fixed=None, seed=0, item_cf=None):
         return CFSettings(widths[0], alphas[0], *ridges[0], recencies[0]), {}
     histories = [items[indptr[u] : indptr[u + 1] - 2] for u in people]
     targets = torch.from_numpy(items[indptr[people + 1] - 2].astype(np.int64))
-    pairs = some_users(*training_pairs(indptr, items), MAX_INTERACTIONS, seed)
+    pairs = training_pairs(indptr, items)
+    total = len(pairs[0])
+    pairs = some_users(*pairs, max(MAX_INTERACTIONS, 20 * num_items), seed)
 
     # NDCG@10 of all these users: with the first ridge at all recencies, with the others at the best
     # one and its neighbours.
@@ -109,6 +111,8 @@ def choose_cf(indptr, items, num_items, fixed=None, seed=0, item_cf=None):
     print(
         f"CF by NDCG@10 of MF at the moment, {len(people):,} validation users (s.e. {error:.4f}):"
     )
+    if len(pairs[0]) < total:
+        print(f"  (items' vectors here from {len(pairs[0]):,} of {total:,} interactions)")
     print_choice(mean, chosen, several_alphas=len(alphas) > 1)
     seconds = f"{time.time() - began:.0f} s"
     print(f"  at training moments {seen:.4f} (the item vectors know those targets); {seconds}")

@@ -40,11 +40,11 @@ def read_later(folder, columns):
 def new_names(pairs, known, others):
     """Pairs (name, other name) -> {each name that is not known: known others, by number, that it
     meets}, and the names that meet none. known, others: {name: number}."""
-    met = {name: [] for name, _ in pairs if name not in known}
+    met = {name: {} for name, _ in pairs if name not in known}
     for name, other in pairs:
-        if name in met and other in others and others[other] not in met[name]:
-            met[name].append(others[other])
-    return {name: found for name, found in met.items() if found}, [n for n in met if not met[n]]
+        if name in met and other in others:
+            met[name][others[other]] = True  # each once, in their order
+    return {n: [*found] for n, found in met.items() if found}, [n for n in met if not met[n]]
 
 
 def whole_vectors(dataset, users):
@@ -59,14 +59,14 @@ def whole_vectors(dataset, users):
 def fold_in_items(dataset, met):
     """Raw vectors (N, E) of new items from the known users who chose them, {item: users}: one
     row of ALS's other side."""
-    if not met:
-        return dataset.raw_cf[:0]
-    chosen_by = [whole_vectors(dataset, users) for users in met.values()]
-    S = torch.stack([X.T @ X for X in chosen_by])
-    b = torch.stack([X.sum(0) for X in chosen_by])
-    weight = torch.tensor([float(len(X)) for X in chosen_by])
-    settings = dataset.solver.settings
-    return solve_rows(dataset.user_gram, S, b, weight, settings, len(dataset.users))
+    everyone = np.array(sorted({user for users in met.values() for user in users}), dtype=int)
+    vectors, folded = whole_vectors(dataset, everyone), [dataset.raw_cf[:0]]
+    for users in met.values():  # one at a time: S is (E, E)
+        X = vectors[np.searchsorted(everyone, users)]
+        S, b, weight = (X.T @ X)[None], X.sum(0)[None], torch.tensor([float(len(X))])
+        settings, N = dataset.solver.settings, len(dataset.users)
+        folded.append(solve_rows(dataset.user_gram, S, b, weight, settings, N))
+    return torch.cat(folded)
 
 
 def longer_sequences(dataset, pairs, users, items, folder):

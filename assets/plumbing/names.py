@@ -99,20 +99,23 @@ def distinct_titles(items, tokenizer, max_tokens):
 
     special = re.compile("|".join(map(re.escape, [SOFT, *tokenizer.all_special_tokens])))
     names, equal = {}, []  # {tokens: (id, name)}; ids of titles that are equal to the LLM
+    last = {}  # the last number of titles that begin alike: the next one need not try those before
     for item in items:
         name = title = special.sub("", item["title"])
         tokens = ids = encode(" " + title)
         before = None
         if ids in names:
             equal.append(item["id"])
-        for count in itertools.count(1):
+        beginning = ids[: max(1, max_tokens - 1)] if max_tokens else ids
+        first = last.get(beginning, 2)
+        for count in itertools.chain([1], itertools.count(first)):
             too_long = max_tokens and name == title and len(ids) > max_tokens
             if name and tokens not in names and not too_long:
                 break
 
             # A number that the tokenizer does not see either; `before` is a numbered name, since
             # one that was cut may end in a number by itself
-            unseen = count > 2 and tokens == before
+            unseen = count > first and tokens == before
             unseen = unseen or not tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if name and tokens in names and unseen:
                 raise InputError(
@@ -125,9 +128,10 @@ def distinct_titles(items, tokenizer, max_tokens):
             suffix = f" {count}" if count > 1 else ""
             short = ids[: max(1, max_tokens - len(encode(suffix)))]
             name = (tokenizer.decode(short).strip() if max_tokens else title) + suffix
-            before = tokens if count > 2 else None
+            before = tokens if count > first else None
             tokens = encode(" " + name)
         names[tokens] = item["id"], name
+        last[beginning] = max(count, 2)
     if equal:
         print(
             f"note: {len(equal)} titles are equal to others for this tokenizer, such as "

@@ -101,6 +101,7 @@ def read_log(path, chosen=None, say=tell, kind=str):
     say(table)
     if isinstance(times, list):
         times = np.unique(np.array(times, dtype=object), return_inverse=True)[1]
+    kind = object if kind is str else kind  # pointers: as text, the longest id sets all widths
     return np.array(users, dtype=kind), np.array(items, dtype=kind), np.array(times, dtype=np.int64)
 
 
