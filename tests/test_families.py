@@ -30,7 +30,7 @@ from transformers import (
 import data
 from assets.extras.chat import CONTROL, Printer
 from assets.fast.attention import cut_in_pieces
-from assets.plumbing.frames import frame
+from assets.plumbing.frames import end_id, frame
 from assets.plumbing.llm import EncoderDecoder
 from assets.plumbing.run import print_parameters
 from ilm import SOFT_BASE, load_ilm
@@ -342,13 +342,16 @@ def test_the_loss_of_a_name_is_minus_its_score(shared):
 def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
     model = shared
     tokenize = lambda text, special=False: model.tokenizer(text, add_special_tokens=special)["input_ids"]
-    name, eos = model.names[3], model.tokenizer.eos_token_id
+    name, eos = model.names[3], end_id(model.tokenizer)
     assert model.name_ids[3][-1] == eos and model.tokenizer.decode(model.name_ids[3][:-1]).strip() == name
     prompt = model.prompt_ids("The next one:")
-    if model.tokenizer.chat_template:  # the template in place of what the tokenizer would add, once, and the name begins the reply
+    if model.tokenizer.chat_template:  # in place of what the tokenizer would add, once; a name goes on with a reply, a text is one
         turn = [{"role": "user", "content": "The next one:"}]
         text = model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        assert "start" in text and tokenize(text) == prompt and tokenize(text + name) == prompt + model.name_ids[3][:-1]
+        assert "start" in text and tokenize(text) == prompt and tokenize(text + "A western.") == prompt + model.target_ids("A western.")[:-1]
+        assert tokenize(text + "For her " + name) == tokenize(text + "For her") + model.name_ids[3][:-1]
+        end = "<end_of_turn>" if "<start_of_turn>" in text else "<|im_end|>"
+        assert model.tokenizer.convert_ids_to_tokens(model.name_ids[3][-1]) == end
         talk = model.tokenizer.decode(model.prompt_ids(["one", "two", "three"]))
         assert [talk.count(part) for part in ("one", "two", "three", "user\n")] == [1, 1, 1, 2]
         assert talk.count("<|im_start|>assistant\n") + talk.count("<start_of_turn>model\n") == 2

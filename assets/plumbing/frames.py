@@ -3,6 +3,7 @@ an LLM is used to read them, by its chat template if its tokenizer has one."""
 
 import datetime
 import re
+from functools import lru_cache
 
 # What a template gets that writes today's date: a run must not change overnight.
 # config.json keeps it
@@ -71,17 +72,37 @@ def frame(turns, tokenizer, date=CHAT_DATE):
     template = tokenizer.get_chat_template()  # of several the default one
     dated = re.sub(r"strftime_now\((['\"])(.*?)\1\)", written, template)
     framed = tokenizer.apply_chat_template(
-        roles, chat_template=dated, tokenize=False, add_generation_prompt=True
+        roles,
+        chat_template=dated,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # Qwen3's template reads it, others do not
     )
     return framed + begun, False
 
 
-def answer_ids(text, tokenizer):
-    """The tokens of what follows a prompt, and the end token: after a space, unless it is the reply
-    in a chat, or the tokenizer puts one before every text."""
+def answer_ids(text, tokenizer, begun=False):
+    """The tokens of what follows a prompt, and the end token: after a space, unless it is the whole
+    reply in a chat (begun: the rest of one, "For {user}" before it), or the tokenizer puts one
+    before every text."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    space = "" if tokenizer.chat_template or ids("a a") == 2 * ids("a") else " "
-    return ids(space + text) + [tokenizer.eos_token_id]
+    whole = tokenizer.chat_template and not begun
+    space = "" if whole or ids("a a") == 2 * ids("a") else " "
+    return ids(space + text) + [end_id(tokenizer)]
+
+
+@lru_cache(maxsize=8)
+def end_id(tokenizer):
+    """The token that ends an answer: what a chat template writes behind a turn of the model
+    (Gemma's <end_of_turn>), else the tokenizer's end token."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        written = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        for token in tokenizer(written, add_special_tokens=False)["input_ids"]:
+            if token in special:
+                return token
+    return tokenizer.eos_token_id

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from assets.fast.attention import Pieces
+from assets.plumbing.frames import end_id
 from assets.plumbing.guard import InputError
 from assets.plumbing.packable import (
     base_of,
@@ -175,10 +176,10 @@ class LLM(nn.Module):
     def generate(self, embeddings, mask, max_new_tokens, **more):
         """Greedy continuation of each prompt, as text (transformers' generate, with its key/value
         cache, and its further arguments)."""
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        end, pad = end_id(self.tokenizer), self.tokenizer.pad_token_id
         # A list where a chat has ends of its own
         ends = self.network.generation_config.eos_token_id
-        ends = [end, *ends] if isinstance(ends, list) else [end]
+        ends = [end, *ends] if isinstance(ends, list) else [end, self.tokenizer.eos_token_id]
         if not self.generates:
             out = continue_alone(self, embeddings, mask, max_new_tokens, ends, **more)
             return self.decoded(out)
