@@ -27,6 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+TEMPERATURES = 0.001, 0.5  # the learned one of ITC, II and UI stays between
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
@@ -232,8 +234,8 @@ class QFormer(nn.Module):
 
     def init_weights(self):
         """Normal weights, zero biases; what has to be heard from the start is louder."""
-        # BERT's .02 is for width 768. This keeps each layer's gain; narrow ones would sit on a
-        # long plateau.
+        # BERT's .02 is for width 768. Scaled, each layer keeps its gain; else a narrow model would
+        # stay on a plateau for long.
         D, E = self.width, self.config.cf_dim
         std = 0.02 * math.sqrt(768 / D)
         for module in self.modules():
@@ -304,11 +306,15 @@ class QFormer(nn.Module):
     def freeze_all_but_encode(self):
         """Stage 2 reads CF vectors alone. What encode() does not touch is frozen: the text branch,
         the heads, the temperature."""
-        used = {"queries", "cf_keys", "history_keys", "norm"}
-        used_of_layers = {"self_attention", "cross_attention", "history_attention", "query_ffn"}
-        for name, parameter in self.named_parameters():
-            part, _, part_of_layer, *_ = f"{name}..".split(".")  # layers.0.query_ffn.up.weight
-            parameter.requires_grad_(part in used or part_of_layer in used_of_layers)
+        self.requires_grad_(False)
+        self.queries.requires_grad_(True)
+        used = [self.cf_keys, self.history_keys, self.norm]
+        for layer in self.layers:
+            used += [layer.self_attention, layer.query_ffn]
+            used += [layer.cross_attention, layer.history_attention]
+        for part in used:
+            if part is not None:  # a layer reads the CF vector or the history
+                part.requires_grad_(True)
 
     # -- heads
 
@@ -335,7 +341,7 @@ class QFormer(nn.Module):
 
     def bounded_temperature(self):
         """The learned temperature, kept in a sane range. .07 at the start."""
-        return self.temperature.clamp(0.001, 0.5)
+        return self.temperature.clamp(*TEMPERATURES)
 
 
 # ---- The losses and their parts: pure functions of tensors ----
@@ -347,7 +353,7 @@ def item_text_similarity(query_features, text_features):
 
 
 def pair_similarity(a, b):
-    """(B, Q, P), (B, Q, P) -> (B, B): the mean over the queries, each with its like.
+    """(B, Q, P), (B, Q, P) -> (B, B): query q of one side with query q of the other, the mean.
 
     DEVIATION: the paper does not say how it pools. The best of all pairs (as in ITC) trains one
     query and lets the others forget the CF vector, from which stage 2 then has to start.
@@ -359,8 +365,8 @@ def find_duplicates(left_key, right_key):
     """Which pairs (i, j) of a batch are no negatives: (B,), (B,) -> (B, B) bool.
 
     Keys are equal for the same item and for items of equal text; a user has one that no item has.
-    Row i and column j are duplicates if the left or the right key of j is i's left key, or if their
-    right keys are equal. The diagonal, the pairs themselves, is False.
+    Pair j is no negative of pair i if one of its keys is i's left key, or if their right keys are
+    equal. The diagonal, the pairs themselves, is False.
     """
     same = left_key[:, None] == right_key
     same = same | (left_key[:, None] == left_key) | (right_key[:, None] == right_key)

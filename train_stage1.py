@@ -44,7 +44,14 @@ from assets.plumbing.run import (
 from assets.plumbing.texts import Texts, share_of
 from assets.plumbing.training_flags import shape_of, stage1_flags
 from data import load_dataset
-from qformer import QFormer, QFormerConfig, item_text_losses, item_text_similarity, pair_loss
+from qformer import (
+    TEMPERATURES,
+    QFormer,
+    QFormerConfig,
+    item_text_losses,
+    item_text_similarity,
+    pair_loss,
+)
 
 TEXT_LOSSES = ("itc", "itm", "itg")
 PAIR_LOSSES = ("ii", "ui")
@@ -103,6 +110,8 @@ class Pairs:
             history = self.dataset.items_of(u, "train")
             place = int(rng.integers(len(history) - 1))
             near = history[place + 1 :][: self.window]
+            others = near[near != history[place]]  # what is bought again is no pair with itself
+            near = others if len(others) else near
             left.append(int(history[place]))
             right.append(int(near[rng.integers(len(near))]))
         return torch.tensor(left), torch.tensor(right)
@@ -275,6 +284,7 @@ def main():
 
         # -- step
         norm = clip_and_step(optimizer, scaler)
+        model.temperature.data.clamp_(*TEMPERATURES)  # outside it would have no gradient
         check_step(losses, step, norm, scaler)
 
         # -- log, of all processes

@@ -372,7 +372,7 @@ def test_files_of_strangers_run_no_code(script, work, tmp_path):
         (tmp_path / "bert").mkdir(exist_ok=True)
         plant(tmp_path / "bert/pytorch_model.bin")
         (tmp_path / "bert/config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99}')
-        one_line(script("train_stage1.py", *"--steps 1 --init-bert bert --tokenizer llm".split(), cwd=tmp_path), 2, "--init-bert bert")
+        one_line(script("train_stage1.py", *"--steps 1 --init-bert bert".split(), cwd=tmp_path), 2, "--init-bert bert")
     assert not list(tmp_path.rglob("TRAPPED")) and not (ROOT / "TRAPPED").exists()
 
 

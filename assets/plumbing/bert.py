@@ -26,14 +26,18 @@ BERT_NAMES = (
 
 
 def read_bert(name):
-    """A BERT by folder or hub id."""
-    return from_pretrained(AutoModelForMaskedLM, name, "--init-bert")
+    """A BERT by folder or hub id. fresh: what a BERT that was saved without its head lacks."""
+    given = {"output_loading_info": True}
+    bert, info = from_pretrained(AutoModelForMaskedLM, name, "--init-bert", **given)
+    bert.fresh = {*info["missing_keys"]}
+    return bert
 
 
 def start_from(bert, name, model):
     """init_from_bert of a BERT that was read; what was loaded and what was not is said."""
     with reading(f"--init-bert {name}", "give a BERT and its own --width and --layers"):
-        loaded, missing = init_from_bert(model, bert.state_dict())
+        state = {key: x for key, x in bert.state_dict().items() if key not in bert.fresh}
+        loaded, missing = init_from_bert(model, state)
     say(f"--init-bert {name}: loaded {len(loaded)} tensors: {', '.join(loaded)}")
     say(f"not loaded, fresh: {', '.join(missing)}")
 

@@ -71,10 +71,13 @@ def stage1_flags(argv, doc, losses):
     add_run_flags(p, "stage1", steps=200, batch_size=64, lr=1e-3, rows=2)  # contrast needs two
     add_qformer_flags(p, num_queries=4, layers=2, width=128)
     p.add_argument("--init-bert", help="HF folder of a BERT whose weights start the text branch")
-    p.add_argument("--tokenizer", help="HF folder or id [--init-bert's, else assets/toy_llm]")
+    p.add_argument("--tokenizer", help="HF folder or id [--init-bert's own, else assets/toy_llm]")
     p.add_argument("--losses", nargs="+", default=[*losses], choices=losses, help="[all five]")
     add_number(p, "--text-fraction", 1.0, "share of training items with texts", 1e-6, 1)
-    return settled(p.parse_args(argv), "stage1", validations=10)
+    args = p.parse_args(argv)
+    if args.init_bert and args.tokenizer:
+        raise InputError("--init-bert comes with its own tokenizer: leave out --tokenizer")
+    return settled(args, "stage1", validations=10)
 
 
 def stage2_flags(argv, doc, methods, priors):
