@@ -15,8 +15,8 @@ item-language model will translate into text space. The folder:
                     and user_stats (2, E), user_gram (E, E), user (U, E) where --cf gave one
     tasks.jsonl     instances of text tasks: {"task", "split", "prompt", "target", "items"}
     meta.json       counts, settings, sha256 of the files above, and which items are *held out*: no
-                    training loss sees their texts. Their titles are ranked all the same, and a text
-                    of MovieLens or Beauty begins with the title: that part is seen
+                    training loss sees their texts. Their titles are ranking targets all the same; a
+                    text of MovieLens or Beauty begins with the title: that part is seen
 
 A user has no vector of their own: it is a function of a history, solved for *at a moment*. That,
 and ALS, stand in assets/plumbing/cf.py, to be read beside this file.
@@ -80,7 +80,7 @@ class Dataset:
     # (U, E) users of another engine (--cf), the same at every moment; None: ours
     raw_user_cf: torch.Tensor | None
     user_stats: torch.Tensor  # (2, E) mean and deviation of raw users at training moments
-    # (E, E) X'X of all users X as ALS (or --cf) has them, order apart: by it new items are solved
+    # (E, E) X'X of all users' raw vectors X, order ignored (or --cf's): new items are solved by it
     user_gram: torch.Tensor
     solver: UserSolver  # from histories to raw users
     instances: list  # dicts, see tasks.jsonl
@@ -227,7 +227,7 @@ def filter_and_sort(users, items, times, min_count, max_users=None, seed=0):
 
 def find_cf(user_ids, item_ids, indptr, sequence, file, fixed, seed):
     """-> what cf.npz holds, {name: tensor}, and what meta.json says of it. file: --cf, vectors of
-    another engine; fixed: {name: setting or None}, those that are not to be chosen."""
+    another engine; fixed: {name: setting, or None where choose_cf chooses it}."""
     raw_user_cf, raw_cf = load_cf(file, user_ids, item_ids) if file else (None, None)
 
     # Chosen on validation; another engine's users need no settings
@@ -261,7 +261,7 @@ def load_prompts(path=None):
         ranking = fields[0] in RANKING_TASKS
         checks.check_template(path, number, fields, ranking)
         task, seen, prompt, target = fields
-        if ranking:  # what OpenP5's targets have before the name belongs to the prompt
+        if ranking:  # OpenP5 writes `{dataset} {target}`: what stands before the name is prompt
             prompt = f"{prompt} {target.partition('{target}')[0]}".strip()
         templates.append((task, seen, prompt, target))
     return templates
@@ -392,6 +392,7 @@ def prepare(
     else:
         *log, table = read_files(dataset, source, items, columns)
     user_ids, item_ids, indptr, sequence = filter_and_sort(*log, min_count, max_users, seed)
+    del log  # of many millions it takes more than all that follows
     U, I = len(user_ids), len(item_ids)
     print(f"{dataset}: {U:,} users, {I:,} items, {len(sequence):,} interactions")
 

@@ -26,6 +26,7 @@ from assets.plumbing.frames import answer_ids, as_turns, fill, frame
 from assets.plumbing.guard import InputError, run_script
 from assets.plumbing.llm import load_llm
 from assets.plumbing.names import SOFT, item_names
+from assets.plumbing.on_hub import OnTheHub
 from assets.plumbing.run import check_fingerprint, load_weights, read_config
 from assets.plumbing.trie import Trie, index_targets, segment_logsumexp
 from data import load_dataset
@@ -127,7 +128,7 @@ def make_encoder(config, cf_dim, hidden):
 # ---- The model ----------------------------
 
 
-class ILM(nn.Module):
+class ILM(OnTheHub, nn.Module):
     """Item encoder, adapter, frozen LLM. `cf` (I, E): the standardised vectors of the items. Q is
     the number of soft tokens of an item or a user: 0 is the text-only baseline."""
 
@@ -417,24 +418,6 @@ class ILM(nn.Module):
         """{name: parameter}: of encoder and adapter, tau, and the LLM's where it was trained."""
         named = self.named_parameters()
         return {n: p for n, p in named if self.llm.trained or not n.startswith("llm.")}
-
-    def save_pretrained(self, folder, **more):
-        """Write a folder in the hub's format, without LLM and data."""
-        from assets.extras import hub
-
-        return hub.save(self, folder, **more)
-
-    def push_to_hub(self, name, **more):
-        from assets.extras import hub
-
-        return hub.push(self, name, **more)
-
-    @staticmethod
-    def from_pretrained(name, data=None, llm=None, **more):
-        """A folder or hub id -> ILM. data, llm: in place of those that its config.json names."""
-        from assets.extras import hub
-
-        return hub.load(name, data, llm, **more)
 
 
 # ---- Building and loading -----------------

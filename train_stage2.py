@@ -85,8 +85,8 @@ class Examples:
             for split in ("train", "valid", "test")
         }
         self.users = dataset.eligible(4)
-        # Where CF is shuffled, user u is read as user stranger[u]; in training, which asks for one
-        # who has a moment (two training items), as self.users[stranger[u] % len(self.users)]
+        # Where CF is shuffled, user u is read as user stranger[u]; in read_before modulo the number
+        # of those who have two training items
         self.stranger = np.random.default_rng(0).permutation(len(dataset.users))
 
     # -- what stands for a user, with the last items behind it where encoders read them
@@ -191,7 +191,8 @@ class Examples:
     # -- batches
 
     def rows(self, kind, size, rng):
-        """`size` packed rows; straightforward rows are shorter, twice as many, texts' four times.
+        """`size` packed rows; of straightforward ones, which are shorter, twice as many, of texts
+        four times.
         One template for all (texts: a row), so that rows have like lengths. Every process draws the
         same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
