@@ -223,20 +223,25 @@ def nats_of_texts(examples, instances):
 def log_perplexity(examples, instances):
     """Mean of -log p over target tokens, in all, per task and per item (the first that an instance
     has); "se" is over items. A uniform guess has ln V."""
-    nats, tokens = Counter(), Counter()
+    task_nats, task_tokens, nats, tokens = Counter(), Counter(), Counter(), Counter()
     for task in instances:
         for t, nll, count in nats_of_texts(examples, instances[task]):
-            for key in ("in all", 0), ("task", task), ("item", t["items"][0]):
-                nats[key] += nll
-                tokens[key] += count
+            task_nats[task] += nll
+            task_tokens[task] += count
+            nats[t["items"][0]] += nll
+            tokens[t["items"][0]] += count
 
-    mean = {key: nats[key] / tokens[key] for key in nats}
-    per_item = {item: round(mean[of, item], 4) for of, item in sorted(mean) if of == "item"}
+    # A ratio of sums over items; its error is that of the mean of what each item adds to it
+    items, total = sorted(nats), sum(tokens.values())
+    log_ppl = sum(nats.values()) / total
+    share = len(items) / total
+    added = [share * (nats[i] - log_ppl * tokens[i]) for i in items]
     return {
-        "log_ppl": mean["in all", 0],
-        "per_task": {task: mean["task", task] for task in instances},
-        "per_item": per_item,
-        "se": {"log_ppl": standard_error([*per_item.values()])},
+        "log_ppl": log_ppl,
+        "per_task": {task: task_nats[task] / task_tokens[task] for task in instances},
+        "per_item": {i: round(nats[i] / tokens[i], 4) for i in items},
+        "per_item_share": [round(share * nats[i], 5) for i in items],  # their mean is log_ppl
+        "se": {"log_ppl": standard_error(added)},
     }
 
 
@@ -245,7 +250,9 @@ def write_texts(examples, instances):
     written = {}
     for task in instances:
         some = thinned(instances[task], 64)
-        answers = examples.model.generate([examples.text(t)[0] for t in some], 32)
+        prompts, targets = zip(*(examples.text(t) for t in some))
+        room = examples.model.context - max(map(len, prompts))
+        answers = examples.model.generate(prompts, min(room, max(map(len, targets))))
         written[task] = [*zip(answers, [t["target"] for t in some])]
     return written
 

@@ -56,9 +56,9 @@ def method_of(r):
 def by_method(results, pick, label=""):
     """{method: [pick(run) of each seed]} of the runs for which pick does not raise KeyError.
 
-    Runs of one name with other steps, learning rate, split or treatment of the history are no seeds
-    of each other: each gets a line of its own."""
-    keys, settings, out = ("steps", "lr", "split", "filtered"), {}, {}
+    Runs of one name with other steps, learning rate, split, beams or treatment of the history are
+    no seeds of each other: each gets a line of its own."""
+    keys, settings, out = ("steps", "lr", "split", "filtered", "beams"), {}, {}
     for r in results:
         settings.setdefault(method_of(r), set()).add(tuple(r.get(key) for key in keys))
     names = Counter(Path(r["run"]).name for r in results)
@@ -140,7 +140,11 @@ def print_texts(results, against):
     for name in TEXT_CONTROLS:
         rows |= by_method(results, lambda r: r["text_controls"][name], f", {name}")
     title, columns = "text tasks, held-out items", ["sc", "log_ppl"]
-    table(title, columns, rows, against, lambda m: [*m["per_item"].values()])
+
+    def of_items(m):  # older files lack the shares, by which items weigh as their tokens do
+        return m.get("per_item_share") or [*m["per_item"].values()]
+
+    table(title, columns, rows, against, of_items)
 
     columns = {}
     for found in texts.values():
@@ -194,9 +198,17 @@ def print_tables(results, against="ilm"):
 
 def show(results, args):
     """evaluate.py [--against METHOD] [--plot FOLDER]: tables of each data set, then the figures."""
-    for data in dict.fromkeys(r["dataset"] for r in results):
-        print(f"\n== {printable(data)}")
-        print_tables([r for r in results if r["dataset"] == data], args.against)
+    groups = {}  # each run once: given twice, it is no second seed
+    for r in results:
+        same = [r.get(key) for key in ("run", "steps", "lr", "trained_by", "beams")]
+        how = r["dataset"], r["split"], r["filtered"], bool(r.get("full_vocabulary"))
+        groups.setdefault(how, {})[str(same)] = r
+    for (data, split, filtered, whole), found in groups.items():
+        one = len([how for how in groups if how[0] == data]) == 1
+        history = "" if filtered else ", history left in"
+        more = "" if one else f" ({split}{history}{', full vocabulary' if whole else ''})"
+        print(f"\n== {printable(data)}{more}")
+        print_tables([*found.values()], args.against)
     if args.plot:
         from assets.extras.figures import plot
 

@@ -91,6 +91,8 @@ def evaluate_flags(argv, doc, tasks):
                 raise InputError(f"--recommend evaluates nothing: leave out --{flag}")
         if len(args.run or []) > 1:
             raise InputError("--recommend asks one --run")
+    if 0 < (args.beams or 0) < 10:
+        raise InputError(f"--beams {args.beams}: HR@10 needs ten; give 10 or more, or 0 for all")
     if args.sc_encoder and args.tasks and "text" not in args.tasks:
         raise InputError("--sc-encoder measures texts: give --tasks text as well, or no --tasks")
     if (args.new or args.top != 10) and not args.recommend:

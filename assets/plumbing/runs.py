@@ -32,6 +32,8 @@ def which_run(run, config, args, device):
         "seed": config["seed"],
         "split": args.split,
         "filtered": not args.keep_history,
+        "beams": args.beams,
+        "full_vocabulary": args.full_vocabulary,
         "commit": commit(),
         "trained_by": config.get("commit"),
         "device": str(device),
