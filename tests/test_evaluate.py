@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import subprocess
@@ -244,6 +245,15 @@ def test_runs_of_other_settings_are_no_seeds_of_each_other():
     assert [len(v) for v in tables.by_method(runs, lambda r: r["steps"]).values()] == [1, 1, 1]
 
 
+def test_a_run_given_twice_is_one_and_splits_have_tables_of_their_own(capsys):
+    def run(name, split):
+        return {"run": f"out/toy/{name}", "dataset": "toy", "split": split, "filtered": True, "steps": 9, "lr": 1e-3, "retention": 1.0}
+    args = argparse.Namespace(against="ilm", plot=None)
+    tables.show([run("ilm-s0", "test"), run("ilm-s0", "test"), run("mlp-s0", "valid")], args)
+    out = capsys.readouterr().out
+    assert out.count("== toy (test)") == out.count("== toy (valid)") == 1 and out.count("retention") == 2
+
+
 def test_other_held_out_items_are_refused(script, work, tmp_path):
     """The same data prepared under another name holds out other items: those that a run was trained on would be called new."""
     other = tmp_path / "other"
@@ -300,6 +310,7 @@ def test_log_perplexity_is_that_of_the_examples_one_by_one(make_ilm):
     assert found["log_ppl"] == pytest.approx(nats / tokens, rel=1e-4)
     assert found["per_task"] == pytest.approx({task: np.mean(x) for task, x in of_task.items()}, rel=1e-4)
     assert set(found["per_item"]) == {t["items"][0] for some in instances.values() for t in some}
+    assert np.mean(found["per_item_share"]) == pytest.approx(found["log_ppl"], rel=1e-3)
 
 
 def test_an_attribute_is_right_or_wrong(toy):
@@ -311,7 +322,7 @@ def test_an_attribute_is_right_or_wrong(toy):
     "--table x --run y", "--table x --json y", "--recommend x --json y", "--recommend x --run y z", "--new x", "--top 5",
     "--recommend x --split valid", "--recommend x --keep-history", "--recommend x --controls", "--recommend x --tasks text",
     "--recommend x --max-users 5", "--recommend x --sasrec", "--recommend x --beams 5", "--recommend x --full-vocabulary",
-    "--sc-encoder x --tasks sequential"])
+    "--sc-encoder x --tasks sequential", "--beams 5"])
 def test_no_flag_is_ignored_in_silence(argv):
     with pytest.raises(InputError, match=argv.split()[0]):
         evaluate.parse_args(argv.split())

@@ -60,6 +60,12 @@ def test_pairs_are_training_items_of_one_user_within_five_steps(toy):
         near |= {(a, b) for k, a in enumerate(s) for b in s[k + 1:k + 6]}
     a, b = pairs.ii(500, rng)
     assert all((int(x), int(y)) in near for x, y in zip(a, b))
+    again = dataset.items_of(int(pairs.users[0]), "train")
+    again[:] = again[0]  # bought again and again, but for the last
+    again[-1] = 1 - min(1, again[0])
+    pairs.users = pairs.users[:1]
+    assert sum(x == y for x, y in zip(*pairs.ii(200, rng))) < 200 * (len(again) - 5) / len(again)
+    pairs = train_stage1.Pairs(dataset := data.load_dataset(toy))
     u, _, i = pairs.ui(100, rng)
     assert len(set(u.tolist())) == 100 and all(int(y) in dataset.items_of(int(x), "train")[1:] for x, y in zip(u, i))
 
@@ -108,6 +114,7 @@ def test_init_bert_from_a_folder(run, toy, tmp_path):
     done = run(toy, tmp_path / "out", "--steps", 1, "--width", 48, "--init-bert", tmp_path / "bert")
     assert done.returncode == 0, done.stderr
     assert "layers.1.query_ffn.up.weight" in done.stdout and "not loaded, fresh: queries" in done.stdout
+    assert "lm_bias" in done.stdout.split("not loaded, fresh")[1] and "lm_norm" not in done.stdout.split("not loaded, fresh")[0]  # no head in it
     done = run(toy, tmp_path / "out2", "--steps", 1, "--width", 36, "--init-bert", tmp_path / "bert")
     assert done.returncode == 2 and "set --width" in done.stderr
 

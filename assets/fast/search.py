@@ -8,6 +8,8 @@ from transformers import DynamicCache
 from assets.plumbing.llm import positions
 from assets.plumbing.trie import segment_logsumexp
 
+LIVING = 5  # on ML-1M 20 prefixes found 7.6 of the best ten names, 60 nearly all
+
 # ---- Reading the living prefixes of names --------------------------------------------------------
 
 
@@ -96,7 +98,9 @@ def continuations(model, trie, hidden, node, score):
 @torch.no_grad()
 def search(model, prompts, trie, beams=None, taken=None):
     """log p of items' names after each prompt, (B, I): of the `beams` best of each user, the others
-    -inf. beams=0: of all, exact; None: exact up to 1,000 items, 20 beams above.
+    -inf. beams=0: of all, exact; None: exact up to 1,000 items, 20 above. Above, LIVING times as
+    many prefixes live on at each step: where p is flat, a good name may begin with a prefix that
+    is not among the best 20.
 
     What is summed is ILM.score's; without trie.renormalize log p of all a name's tokens and the end
     token, p among the whole vocabulary. taken (B, I): items that shall not be found."""
@@ -128,7 +132,7 @@ def search(model, prompts, trie, beams=None, taken=None):
         begin, end = trie.span[child].T
         alive = (item < 0) & (score > bar[user]) & (free[user, end] > free[user, begin])
         alive = alive.nonzero()[:, 0]
-        kept, column = best_of_each(user[alive], score[alive], beams)
+        kept, column = best_of_each(user[alive], score[alive], LIVING * beams)
         alive = alive[kept]
         user, node, score, parent = user[alive], child[alive], score[alive], parent[alive]
         if len(node):
