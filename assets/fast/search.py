@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from assets.plumbing.llm import positions
 from assets.plumbing.trie import segment_logsumexp
 
-LIVING = 5  # on ML-1M 20 prefixes found 7.6 of the best ten names, 60 nearly all
+LIVING = 5  # Beauty, 1,000 users: HR@10 .062, with 20 prefixes alone .058
 
 # ---- Reading the living prefixes of names --------------------------------------------------------
 
