@@ -5,7 +5,8 @@
 
 A recommender knows items through *interactions* (who chose what, in which order), a language model
 through *text*. This file prepares both, and the collaborative-filtering (CF) vectors that the
-item-language model will translate into text space. The folder:
+item-language model will translate into text space. The folder, of I items, U users and nnz
+interactions (E: the width of a vector):
 
     items.jsonl     line i is item i: {"id", "title", "text", "attributes"}. What a text can tell
     users.txt       line u is the original id of user u
@@ -64,8 +65,8 @@ class Dataset:
 
     Raw vectors are as ALS left them: a raw user's dot product with a raw item is MF's score.
     Encoders read standardised ones. Users' vectors are solved for when they are asked for:
-    users_at for validation, test and conversation, user_before (one) and users_before (many users)
-    for training.
+    vectors_at for validation, test and conversation, vectors_along (one user) and vectors_before
+    (many) for training.
     """
 
     path: Path
@@ -99,7 +100,7 @@ class Dataset:
         test. A training target needs one more before it."""
         return np.flatnonzero(np.diff(self.indptr) >= least)
 
-    def users_at(self, users, split=None):
+    def vectors_at(self, users, split=None):
         """Raw vectors (B, E) of users when the target of `split` is asked for. None: now."""
         users = np.asarray(users, dtype=np.int64)
         vectors = self.solver.of_histories([self.items_of(u, split) for u in users])
@@ -108,7 +109,7 @@ class Dataset:
             vectors[known] = self.raw_user_cf[users[known]]
         return vectors
 
-    def user_before(self, user, places):
+    def vectors_along(self, user, places):
         """One user's raw vectors (n, E), each just before the item at one of the places (n,) of
         their history, which is the target.
 
@@ -124,11 +125,11 @@ class Dataset:
             return self.solver.before(history, places)
         return self.solver.without(history, places)
 
-    def users_before(self, users, places):
-        """user_before of many users (n,), one place each -> (n, E)."""
+    def vectors_before(self, users, places):
+        """vectors_along of many users (n,), one place each -> (n, E)."""
         if self.raw_user_cf is None:
             return self.solver.moments([self.items_of(u, "train") for u in users], places)
-        vectors = [self.user_before(u, [place]) for u, place in zip(users, places)]
+        vectors = [self.vectors_along(u, [place]) for u, place in zip(users, places)]
         return torch.cat([self.raw_cf[:0], *vectors])
 
     def standard_users(self, raw):

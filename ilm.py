@@ -181,14 +181,14 @@ class ILM(OnTheHub, nn.Module):
         # States to whiten: some thousands of items and users will do. The loudness is set on noise,
         # so that it is the same for all methods
         who, places = training_moments(self.dataset.indptr, 2_000)
-        vectors = self.dataset.standard_users(self.dataset.users_before(who, places))
+        vectors = self.dataset.standard_users(self.dataset.vectors_before(who, places))
         histories = [self.dataset.items_of(u, "train")[:place] for u, place in zip(who, places)]
         users = self.with_history(vectors, histories).to(self.cf)
         items = self.with_history(self.cf[:: self.num_items // 5_000 + 1])
         encode = self.encoder.eval().encode
         self.adapter.fit(encode(torch.cat([items, users])), encode(probe), loudness)
 
-    def set_prior(self, prior, tau_is):
+    def set_prior(self, prior, temperature):
         """The prior in the trie: p is divided among a node's children not by the LLM's logits
         alone, but by
 
@@ -206,7 +206,7 @@ class ILM(OnTheHub, nn.Module):
         if prior == "none":
             log_count = torch.zeros_like(log_count)
         self.register_buffer("log_count", log_count, persistent=False)
-        learned = tau_is == "learned" and (self.Q > 0 or self.llm.trained)
+        learned = temperature == "learned" and (self.Q > 0 or self.llm.trained)
         tau = torch.tensor(START_TAU if learned else 1.0)
         self.tau = nn.Parameter(tau, requires_grad=learned)
 
@@ -237,7 +237,7 @@ class ILM(OnTheHub, nn.Module):
 
     def user_now(self, user):
         """What encoders read (E',) of a user of the data set after all that they chose."""
-        vector = self.dataset.standard_users(self.dataset.users_at([user]))
+        vector = self.dataset.standard_users(self.dataset.vectors_at([user]))
         return self.with_history(vector, [self.dataset.items_of(user)])[0]
 
     def shuffle_cf(self):
@@ -286,18 +286,20 @@ class ILM(OnTheHub, nn.Module):
         texts, entities, vectors = [], [], list(guests)
         for parts in filled:
             text = ""
-            for what, said in parts:
+            for what, value in parts:
                 if what == "words":
-                    text += said
+                    text += value
                 elif what == "user":
-                    person, vector = (said, None) if said is not None else (user, cf)
+                    person, vector = value, None  # {user:7}
+                    if value is None:  # {user}
+                        person, vector = user, cf
                     text += self.user_words(person) + SOFT * self.Q
                     if self.Q:
                         vectors.append(self.user_now(person) if vector is None else vector)
                         entities.append(self.num_items + len(vectors) - 1)
                 else:
-                    text += self.item_words(what, said, named) + SOFT * self.Q
-                    entities.append(said)
+                    text += self.item_words(what, value, named) + SOFT * self.Q
+                    entities.append(value)
             texts.append(text)
         framed, special = frame(texts, self.tokenizer, self.config["chat_date"])
         ids = self.tokenizer(framed, add_special_tokens=special)["input_ids"]

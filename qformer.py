@@ -131,9 +131,8 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Self-attention shared by queries and text, then what each kind does for itself.
 
-    Queries read the CF keys by cross-attention, or the keys of the history (keys, mask), or (in a
-    single layer) both, or neither (odd layers without a history). Each kind has a feed-forward of
-    its own.
+    Even layers: queries read the CF keys by cross-attention. Odd ones: those of the history, if any
+    (keys, mask). A single layer reads both. Each kind has a feed-forward of its own.
     """
 
     def __init__(self, config, reads_cf, reads_history):
@@ -182,8 +181,8 @@ class HistoryKeys(nn.Module):
     (B, 1, 1, W + 1).
 
     A user's vector is a sum, behind which no query can look; here they can choose. The attention
-    that reads these keys begins with an output of zero, and a LayerNorm of its own, which no stage
-    1 has seen. DEVIATION: the paper's encoder reads the CF vector alone.
+    that reads these keys and its LayerNorm are new in stage 2; its output starts at zero.
+    DEVIATION: the paper's encoder reads the CF vector alone.
     """
 
     def __init__(self, config):
@@ -193,9 +192,9 @@ class HistoryKeys(nn.Module):
 
     def forward(self, history):
         items = history.unflatten(1, (len(self.places) - 1, -1))  # (B, W, E)
-        there = (items != 0).any(2)
-        keys = F.pad(self.linear(items), (0, 0, 0, 1)) + self.places
-        return keys, F.pad(there, (0, 1), value=True)[:, None, None]
+        present = (items != 0).any(2)
+        keys = F.pad(self.linear(items), (0, 0, 0, 1)) + self.places  # the last is places[W] alone
+        return keys, F.pad(present, (0, 1), value=True)[:, None, None]
 
 
 # ---- The model ----------------------------

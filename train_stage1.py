@@ -123,7 +123,7 @@ class Pairs:
         histories = [self.dataset.items_of(u, "train") for u in users]
         places = [int(rng.integers(1, len(history))) for history in histories]
         items = [int(history[place]) for history, place in zip(histories, places)]
-        vectors = self.dataset.standard_users(self.dataset.users_before(users, places))
+        vectors = self.dataset.standard_users(self.dataset.vectors_before(users, places))
         return torch.tensor(users), vectors, torch.tensor(items)
 
 

@@ -95,7 +95,7 @@ class Examples:
         """What encoders read (B, E') of users when the target of `split` is asked for."""
         if self.model.shuffled:
             users = self.stranger[users]
-        vectors = self.dataset.standard_users(self.dataset.users_at(users, split))
+        vectors = self.dataset.standard_users(self.dataset.vectors_at(users, split))
         return self.model.with_history(vectors, [self.dataset.items_of(u, split) for u in users])
 
     def read_before(self, user, places):
@@ -103,7 +103,7 @@ class Examples:
         if self.model.shuffled:  # a stranger, at some place of their own history
             user = self.users[self.stranger[user] % len(self.users)]
             places = 1 + (places - 1) % (len(self.dataset.items_of(user, "train")) - 1)
-        vectors = self.dataset.standard_users(self.dataset.user_before(user, places))
+        vectors = self.dataset.standard_users(self.dataset.vectors_along(user, places))
         history = self.dataset.items_of(user, "train")
         return self.model.with_history(vectors, [history[:place] for place in places])
 
@@ -201,11 +201,13 @@ class Examples:
             pool = self.instances["train"]
             instances = [pool[seed % len(pool)] for seed in seeds[own]]
             return [self.pack([self.text(instance)]) for instance in instances]
-        row = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[kind]
+        make = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[
+            kind
+        ]
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template, rows = templates[rng.integers(len(templates))], []
         for user, seed in zip(users[own], seeds[own]):
-            rows.append(row(user, template, np.random.default_rng(seed)))
+            rows.append(make(user, template, np.random.default_rng(seed)))
         return rows
 
     def batch(self, kind, size, rng):

@@ -144,7 +144,7 @@ def test_cf_sees_the_training_part_alone(tmp_path):
     without = prepare(tmp_path, "--dataset", "csv", "--source", csv_source(tmp_path / "b", rows + other_ends), *flags)
     assert with_plant.items[-1]["id"] == "planted" and (with_plant.raw_cf[-1] == 0).all()
     assert len(with_plant.items) == len(without.items) + 1
-    scores = [d.users_at(range(30), "valid") @ d.raw_cf[:20].T for d in (with_plant, without)]  # vectors start from other random numbers
+    scores = [d.vectors_at(range(30), "valid") @ d.raw_cf[:20].T for d in (with_plant, without)]  # vectors start from other random numbers
     torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
 
 
@@ -165,9 +165,9 @@ def test_users_of_another_engine_stand_at_every_moment(four_items):
     dataset = four_items(user=users, item=items)
     assert (dataset.raw_cf.numpy() == items).all() and dataset.raw_cf.dtype == torch.float32
     for split in ("valid", "test", None):
-        assert (dataset.users_at([2, 0], split).numpy() == users[[2, 0]]).all()
-    assert (dataset.user_before(2, np.array([1, 1])).numpy() == users[[2, 2]]).all()
-    assert (dataset.users_before([2, 0], [1, 1]).numpy() == users[[2, 0]]).all()
+        assert (dataset.vectors_at([2, 0], split).numpy() == users[[2, 0]]).all()
+    assert (dataset.vectors_along(2, np.array([1, 1])).numpy() == users[[2, 2]]).all()
+    assert (dataset.vectors_before([2, 0], [1, 1]).numpy() == users[[2, 0]]).all()
     assert (whole_vectors(dataset, [2, 0]).numpy() == users[[2, 0]]).all()
 
 
@@ -177,7 +177,7 @@ def test_with_item_vectors_of_another_engine_alone_users_are_folded_in(four_item
     torch.testing.assert_close(dataset.raw_cf.double(), torch.from_numpy(items), atol=1e-6, rtol=1e-6)
     assert dataset.raw_user_cf is None and "user" not in np.load(dataset.path / "cf.npz")
     wanted = dataset.solver.of_histories([dataset.items_of(3, "test")])
-    assert torch.equal(dataset.users_at([3], "test"), wanted) and wanted.abs().sum() > 0
+    assert torch.equal(dataset.vectors_at([3], "test"), wanted) and wanted.abs().sum() > 0
     chosen = dataset.meta["cf"]["settings"]
     assert chosen["dim"] == 3 and chosen["recency"] in choose_cf.RECENCIES and "valid_NDCG@10" in dataset.meta["cf"]
 

@@ -178,7 +178,7 @@ def test_the_weight_of_popularity_is_chosen_on_validation(toy):
     found = {}
     for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
         def score(batch, split):
-            return dataset.users_at(batch, split) @ dataset.raw_cf.T + weight * dataset.purchases.log1p()
+            return dataset.vectors_at(batch, split) @ dataset.raw_cf.T + weight * dataset.purchases.log1p()
         metrics = evaluate.evaluate_reference(score, dataset, dataset.eligible(), "valid", keep_history=False)
         found[weight] = metrics["NDCG@10"]
     other = replace(dataset, sequence=dataset.sequence.copy())

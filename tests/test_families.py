@@ -364,7 +364,7 @@ def test_prompt_and_name_are_tokenised_as_one_text_would_be(shared):
 
 def test_nothing_stands_between_a_user_and_the_name_that_is_asked_for(shared):
     """A chat LLM reads the user's soft tokens in the answer that it has begun; the question is what stands before."""
-    user = shared.dataset.standard_users(shared.dataset.users_at([1]))[0]
+    user = shared.dataset.standard_users(shared.dataset.vectors_at([1]))[0]
     prompt = shared.prompt_ids("So far: {history}. Next for {user}:", user=1, history=[3, 4], cf=shared.with_history(user[None])[0])
     if seq2seq(shared):  # the end token, which T5 and its like put behind every text
         prompt = prompt[:-1]

@@ -130,10 +130,10 @@ def test_known_items_and_users_keep_their_vectors_when_others_come(toy, tmp_path
     extended = extend(dataset, later_folder(tmp_path / "later", log))
     assert torch.equal(extended.raw_cf[:120], dataset.raw_cf)
     assert torch.equal(extended.item_cf[:120], dataset.item_cf)
-    torch.testing.assert_close(extended.users_at([8]), dataset.users_at([8]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(extended.vectors_at([8]), dataset.vectors_at([8]), atol=1e-5, rtol=1e-4)
     grown = extended.solver.of_histories([[*dataset.items_of(5), unseen]])
-    torch.testing.assert_close(extended.users_at([5]), grown, atol=1e-5, rtol=1e-4)
-    assert (extended.users_at([5]) - dataset.users_at([5])).abs().max() > 0.01
+    torch.testing.assert_close(extended.vectors_at([5]), grown, atol=1e-5, rtol=1e-4)
+    assert (extended.vectors_at([5]) - dataset.vectors_at([5])).abs().max() > 0.01
 
 
 def test_a_new_user_is_a_history_like_any_other(toy, tmp_path):
@@ -142,7 +142,7 @@ def test_a_new_user_is_a_history_like_any_other(toy, tmp_path):
     extended = extend(dataset, later_folder(tmp_path / "later", log))
     assert extended.users[150] == "bob"
     wanted = dataset.solver.of_histories([[7, 3, 9]])
-    torch.testing.assert_close(extended.users_at([150]), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(extended.vectors_at([150]), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_known_users_of_another_engine_stand_beside_new_ones(toy, tmp_path):
@@ -151,10 +151,10 @@ def test_known_users_of_another_engine_stand_beside_new_ones(toy, tmp_path):
     dataset.raw_user_cf = torch.randn(150, 12)
     log = [("bob", dataset.items[i]["id"], t) for t, i in enumerate((7, 3, 9))]
     extended = extend(dataset, later_folder(tmp_path / "later", log))
-    found = extended.users_at([4, 150])
+    found = extended.vectors_at([4, 150])
     assert torch.equal(found[0], dataset.raw_user_cf[4])
     torch.testing.assert_close(found[1], extended.solver.of_histories([[7, 3, 9]])[0])
-    assert extended.users_before([4, 150], [1, 1]).shape == (2, 12)
+    assert extended.vectors_before([4, 150], [1, 1]).shape == (2, 12)
 
 
 def test_your_own_vectors_take_the_place_of_als(shop, run):

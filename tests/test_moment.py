@@ -163,7 +163,7 @@ def test_no_training_vector_knows_its_target(dataset):
     """Another item at place 5: the vector that predicts place 5 is the same to the last bit of
     meaning. Later ones know it; earlier ones only where order does not matter."""
     places = np.arange(1, len(dataset.items_of(3, "train")))
-    moved = changed(dataset, 3, 5, lambda user: dataset.user_before(user, places))
+    moved = changed(dataset, 3, 5, lambda user: dataset.vectors_along(user, places))
     assert not moved[places == 5].any()
     assert moved[places > 5].all()
     assert moved[places < 5].all() == (dataset.solver.recency == 1)
@@ -174,7 +174,7 @@ def test_no_training_vector_knows_its_target(dataset):
 def test_training_vectors_know_neither_validation_nor_test_items(dataset, last):
     places = np.arange(1, len(dataset.items_of(3, "train")))
     end = len(dataset.items_of(3)) - last
-    assert not changed(dataset, 3, end, lambda user: dataset.user_before(user, places)).any()
+    assert not changed(dataset, 3, end, lambda user: dataset.vectors_along(user, places)).any()
     assert not changed(dataset, 3, end, lambda user: whole_vectors(dataset, [user])).any()
 
 
@@ -183,7 +183,7 @@ def test_vectors_at_validation_and_test_do_not_know_what_is_asked(dataset):
     known = {}
     for item in (test_item, test_item - 1, test_item - 2):
         for split in ("valid", "test", None):
-            moved = changed(dataset, 3, item, lambda user: dataset.users_at([user], split))
+            moved = changed(dataset, 3, item, lambda user: dataset.vectors_at([user], split))
             known[test_item - item, split] = moved.item()
     assert known == {
         (0, "valid"): False,
@@ -200,8 +200,8 @@ def test_vectors_at_validation_and_test_do_not_know_what_is_asked(dataset):
 
 def test_moments_of_many_users_are_those_of_each(dataset):
     users, places = [4, 7, 4, 0], [3, 1, 9, 6]
-    each = [dataset.user_before(u, np.array([place])) for u, place in zip(users, places)]
-    close(dataset.users_before(users, places), torch.cat(each))
+    each = [dataset.vectors_along(u, np.array([place])) for u, place in zip(users, places)]
+    close(dataset.vectors_before(users, places), torch.cat(each))
 
 
 def test_users_of_all_their_training_items_are_those_of_als(dataset):
@@ -231,7 +231,7 @@ def test_a_sample_of_training_moments_is_part_of_them_without_repeats(dataset):
 def test_users_are_standardised_by_their_training_moments(toy):
     dataset = data.load_dataset(toy)
     moments = training_moments(dataset.indptr, 10_000)
-    standard = dataset.standard_users(dataset.users_before(*moments))
+    standard = dataset.standard_users(dataset.vectors_before(*moments))
     torch.testing.assert_close(standard.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.std(0), torch.ones(12), atol=1e-3, rtol=0)
 

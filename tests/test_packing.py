@@ -140,3 +140,17 @@ def test_attention_in_pieces_has_the_same_losses_and_gradients(make_ilm):
     for a, b in zip(*seen):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert not cut_in_pieces(batch["branch"][:, :200])  # short rows are as fast whole
+
+
+def test_a_row_that_is_one_long_answer_is_cut_too(make_ilm):
+    """No piece has anything of the trunk before it."""
+    seen = []
+    for fast in (True, False):
+        model = make_ilm()
+        model.llm.in_pieces = fast
+        examples = Examples(model, model.dataset)
+        batch = examples.collate([examples.pack([(model.prompt_ids("Describe {item}.", items=[k], named=False), [5, 7, 9] * (100 - k))])
+                                  for k in (3, 40)])
+        assert batch["trunk_at"].shape == (2, 0)
+        seen.append(model(batch)[1])
+    torch.testing.assert_close(*seen, atol=1e-4, rtol=1e-4)

@@ -93,7 +93,7 @@ def export(model, path, chunk=4096):
         for cf in model.cf.split(chunk):
             yield model.with_history(cf)
         for some in (users[k : k + chunk] for k in range(0, len(users), chunk)):
-            cf = dataset.standard_users(dataset.users_at(some))
+            cf = dataset.standard_users(dataset.vectors_at(some))
             yield model.with_history(cf, [dataset.items_of(u) for u in some]).to(model.cf)
 
     def write(file):

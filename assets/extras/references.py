@@ -48,7 +48,7 @@ def popularity(dataset, users, split):
 
 def mf_at_the_moment(dataset, users, split):
     """Matrix factorisation: the dot product of the vectors that, standardised, encoders read."""
-    return dataset.users_at(users, split) @ dataset.raw_cf.T
+    return dataset.vectors_at(users, split) @ dataset.raw_cf.T
 
 
 def mf(dataset, users, split):

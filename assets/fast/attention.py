@@ -94,9 +94,9 @@ def attend(module, query, key, value, attention_mask, pieces=None, **more):
 def gathered(x, at):
     """Keys or values (B, heads, L, d) at places (B, T) of each row -> (B, heads, T, d)."""
     B, H, L, d = x.shape
-    at = at + L * torch.arange(B, device=x.device)[:, None]
-    rows = x.transpose(1, 2).reshape(B * L, H, d).index_select(0, at.flatten())
-    return rows.view(B, -1, H, d).transpose(1, 2)
+    flat = at + L * torch.arange(B, device=x.device)[:, None]
+    rows = x.transpose(1, 2).reshape(B * L, H, d).index_select(0, flat.flatten())
+    return rows.view(*at.shape, H, d).transpose(1, 2)
 
 
 AttentionInterface.register(SDPA_IN_PIECES, attend)

@@ -333,11 +333,11 @@ def read_out(dataset, trie, rows, train_rows, steps=600, batch=128):
 
     # Training moments and validation users
     users, places = training_moments(dataset.indptr, steps * batch)
-    seen = dataset.standard_users(dataset.users_before(users, places))
+    seen = dataset.standard_users(dataset.vectors_before(users, places))
     targets = torch.tensor([int(dataset.items_of(u)[place]) for u, place in zip(users, places)])
     people = dataset.eligible()
     people = np.sort(np.random.default_rng(0).permutation(people)[:2000])
-    asked = dataset.standard_users(dataset.users_at(people, "valid"))
+    asked = dataset.standard_users(dataset.vectors_at(people, "valid"))
     wanted = torch.tensor([dataset.target(u, "valid") for u in people])
 
     best, order = 0.0, torch.randperm(len(targets))
