@@ -252,7 +252,7 @@ def write_texts(examples, instances):
         some = thinned(instances[task], 64)
         prompts, targets = zip(*(examples.text(t) for t in some))
         room = examples.model.context - max(map(len, prompts))
-        answers = examples.model.generate(prompts, min(room, max(map(len, targets))))
+        answers = examples.model.generate(prompts, min(room, 256, max(map(len, targets))))
         written[task] = [*zip(answers, [t["target"] for t in some])]
     return written
 

@@ -429,7 +429,9 @@ def build_ilm(config, dataset, device):
     """A fresh ILM for a run's config (see train_stage2.py); weights are loaded by the caller."""
     llm = load_llm(config["llm"], config["train_llm"], device)
     encoder = make_encoder(config, dataset.item_cf.shape[1], llm.width)
-    return ILM(llm, encoder, dataset, config).to(device)
+    model = ILM(llm, encoder, dataset, config).to(device)
+    model.llm.in_pieces &= device.type == "cpu"  # assets/fast/attention.py
+    return model
 
 
 def load_ilm(run, device, data=None, new=None, llm=None):

@@ -540,3 +540,14 @@ def test_code_in_a_checkpoint_never_runs(make_ilm, tmp_path, monkeypatch, known)
             make_ilm(llm=str(tmp_path))
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("template, end", [
+    (CHATML, "<|im_end|>"), (CHATML.replace("m.content", "m.content | upper"), "</s>"),
+    ("{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}", "</s>")])
+def test_an_answer_ends_as_the_template_ends_a_turn(template, end):
+    """By the tokenizer's end token where a template changes what is said, or has no turn of the model."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/toy_llm")
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = template
+    assert tokenizer.decode([end_id(tokenizer)]) == end

@@ -78,7 +78,12 @@ def test_an_llm_that_cannot_be_packed_has_the_same_losses_and_gradients(make_ilm
     for packs in (True, False):
         model = make_ilm().train()
         model.llm.packs = packs
-        total, nll = model(Examples(model, model.dataset).batch("sequential", 2, np.random.default_rng(0)))
+        examples = Examples(model, model.dataset)
+        rows = examples.rows("sequential", 2, np.random.default_rng(0))
+        # The longest prompt, which makes the trunk, is the second: its branch stands last
+        rows.append(examples.pack([([1, 10, 11, 9], [101, 0]), ([1, 20, 21, 22, 9], [102, 0]), ([1, 30, 31, 9], [103, 0])]))
+        assert rows[-1]["branch"] == [0, 1, 1, 1, 1, 3, 3, 3, 3, 0, 0, 0, 2, 2]
+        total, nll = model(examples.collate(rows))
         (total / len(nll)).backward()
         seen.append((nll, model.adapter.maps[0].weight.grad))
     for a, b in zip(*seen):

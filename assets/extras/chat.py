@@ -15,6 +15,7 @@ from transformers import TextStreamer
 import ilm
 from assets.extras.hub import export
 from assets.fast.search import best_items
+from assets.plumbing.frames import end_id
 from assets.plumbing.guard import CONTROL, InputError, Parser, a_seed, printable
 from assets.plumbing.names import numbered
 from assets.plumbing.run import pick_device
@@ -43,9 +44,10 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
+        self.text, self.end = "", tokenizer.decode([end_id(tokenizer)])  # perhaps no special one
 
     def on_finalized_text(self, text, stream_end=False):
+        text = text.replace(self.end, "")
         text = "\n".join(
             CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n")
         )

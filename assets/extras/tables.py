@@ -140,9 +140,11 @@ def print_texts(results, against):
     for name in TEXT_CONTROLS:
         rows |= by_method(results, lambda r: r["text_controls"][name], f", {name}")
     title, columns = "text tasks, held-out items", ["sc", "log_ppl"]
+    # Older files lack the shares, in which items weigh as their tokens do
+    new = all("per_item_share" in m for found in rows.values() for m in found)
 
-    def of_items(m):  # older files lack the shares, by which items weigh as their tokens do
-        return m.get("per_item_share") or [*m["per_item"].values()]
+    def of_items(m):
+        return m["per_item_share"] if new else [*m["per_item"].values()]
 
     table(title, columns, rows, against, of_items)
 
@@ -200,7 +202,8 @@ def show(results, args):
     """evaluate.py [--against METHOD] [--plot FOLDER]: tables of each data set, then the figures."""
     groups = {}  # each run once: given twice, it is no second seed
     for r in results:
-        same = [r.get(key) for key in ("run", "steps", "lr", "trained_by", "beams")]
+        same = [r.get(key) for key in ("run", "seed", "steps", "lr", "trained_by", "beams")]
+        same += [sorted(r.get("rec", {})), "text" in r]
         how = r["dataset"], r["split"], r["filtered"], bool(r.get("full_vocabulary"))
         groups.setdefault(how, {})[str(same)] = r
     for (data, split, filtered, whole), found in groups.items():

@@ -136,12 +136,12 @@ def collate(rows, num_items=0, Q=1):
 
 
 def unpacked(batch):
-    """Yield every branch of packed rows as an example of its own, in order: where its prompt stands
-    in the rows, laid end to end (P,), and its target ids (T,)."""
+    """Yield every branch of packed rows, as they stand, as an example of its own: where its prompt
+    stands in the rows, laid end to end (P,), and its target ids (T,)."""
     L = batch["ids"].shape[1]
     for row, (branch, label) in enumerate(zip(batch["branch"], batch["label"])):
         trunk = (branch == 0).nonzero()[:, 0]
-        for number in range(1, int(branch.max()) + 1):
+        for number in branch[branch > 0].unique_consecutive():
             own = (branch == number).nonzero()[:, 0]
             first = int((label[own] >= 0).nonzero()[0, 0])  # stands at the prompt's last token
             prompt = torch.cat([trunk[trunk < own[0]], own[: first + 1]])

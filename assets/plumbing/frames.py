@@ -5,6 +5,8 @@ import datetime
 import re
 from functools import lru_cache
 
+from jinja2 import TemplateError
+
 # What a template gets that writes today's date: a run must not change overnight.
 # config.json keeps it
 CHAT_DATE = "2024-07-26"
@@ -99,8 +101,12 @@ def end_id(tokenizer):
     """The token that ends an answer: what a chat template writes behind a turn of the model
     (Gemma's <end_of_turn>), else the tokenizer's end token."""
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        written = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+        try:
+            written = tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError:  # it may want a system's turn, or none of the model's
+            written = ""
+        written = written.rpartition("answer")[2] if "answer" in written else ""
         special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
         for token in tokenizer(written, add_special_tokens=False)["input_ids"]:
             if token in special:

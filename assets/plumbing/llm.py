@@ -122,7 +122,6 @@ class LLM(nn.Module):
                 network, name = self.network, self.name
                 known = how_to_read(network, self.body, self.head, name)
                 self.packs, self.in_pieces, self.generates = known
-                self.in_pieces &= network.device.type == "cpu"  # assets/fast/attention.py
                 if not self.packs:
                     kind = network.config.model_type
                     say(f"--llm {name}: of type {kind}, which reads one by one: slower")
@@ -195,7 +194,8 @@ class LLM(nn.Module):
         return self.decoded(out)
 
     def decoded(self, ids):
-        """Token ids (B, T) -> texts."""
+        """Token ids (B, T) -> texts. A template's end of a turn may be no special token."""
+        ids = ids.masked_fill(ids == end_id(self.tokenizer), self.tokenizer.eos_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
