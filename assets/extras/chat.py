@@ -44,10 +44,10 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text, self.end = "", tokenizer.decode([end_id(tokenizer)])  # perhaps no special one
+        self.text, self.turn_end = "", tokenizer.decode([end_id(tokenizer)])  # perhaps not special
 
     def on_finalized_text(self, text, stream_end=False):
-        text = text.replace(self.end, "")
+        text = text.replace(self.turn_end, "")
         text = "\n".join(
             CONTROL.sub(" ", line) for line in (text if self.text else text.lstrip()).split("\n")
         )
