@@ -142,7 +142,7 @@ class ILM(OnTheHub, nn.Module):
 
         # Names of items, what follows a prompt, and the trie of all of them
         self.names = item_names(dataset, tokenizer, config["item_names"], config["name_tokens"])
-        self.name_ids = [answer_ids(name, tokenizer, begun=True) for name in self.names]
+        self.name_ids = [self.target_ids(name) for name in self.names]
         self.names_trie = Trie(self.name_ids)
         self.reserve = max(64, *map(len, self.name_ids))  # tokens kept free for an answer
         tokenizer.add_tokens([SOFT], special_tokens=True)

@@ -83,16 +83,16 @@ def frame(turns, tokenizer, date=CHAT_DATE):
     return framed + begun, False
 
 
-def answer_ids(text, tokenizer, begun=False):
-    """The tokens of what follows a prompt, and the end token: after a space, unless it is the whole
-    reply in a chat (begun: the rest of one, "For {user}" before it), or the tokenizer puts one
-    before every text."""
+def answer_ids(text, tokenizer):
+    """The tokens of what follows a prompt, and the end token: after a space, unless it is the reply
+    in a chat, or the tokenizer puts one before every text. A name behind "For {user}" has none
+    either: with one, names begin with whole words, more children at the root, and SmolLM2 learned
+    ML-100K more slowly (mlp, 40 steps: 7.17 nats, so 7.03)."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    whole = tokenizer.chat_template and not begun
-    space = "" if whole or ids("a a") == 2 * ids("a") else " "
+    space = "" if tokenizer.chat_template or ids("a a") == 2 * ids("a") else " "
     return ids(space + text) + [end_id(tokenizer)]
 
 
