@@ -192,18 +192,15 @@ class Examples:
 
     def rows(self, kind, size, rng):
         """`size` packed rows; of straightforward ones, which are shorter, twice as many, of texts
-        four times.
-        One template for all (texts: a row), so that rows have like lengths. Every process draws the
-        same users and makes its own rows of them."""
+        four times. One template for all (texts: a row), so that rows have like lengths. Every
+        process draws the same users and makes its own rows of them."""
         size *= {"sequential": 1, "straightforward": 2, "text": 4}[kind]
         seeds, own = rng.integers(2**62, size=size), own_rows(size)
         if kind == "text":  # the row's seed picks the instance
             pool = self.instances["train"]
             instances = [pool[seed % len(pool)] for seed in seeds[own]]
             return [self.pack([self.text(instance)]) for instance in instances]
-        make = {"sequential": self.sequential_row, "straightforward": self.straightforward_row}[
-            kind
-        ]
+        make = self.sequential_row if kind == "sequential" else self.straightforward_row
         users, templates = rng.choice(self.users, size=size), self.templates[kind, "seen"]
         template, rows = templates[rng.integers(len(templates))], []
         for user, seed in zip(users[own], seeds[own]):

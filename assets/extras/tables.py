@@ -207,10 +207,8 @@ def show(results, args):
         how = r["dataset"], r["split"], r["filtered"], bool(r.get("full_vocabulary"))
         groups.setdefault(how, {})[str(same)] = r
     for (data, split, filtered, whole), found in groups.items():
-        one = len([how for how in groups if how[0] == data]) == 1
-        history = "" if filtered else ", history left in"
-        more = "" if one else f" ({split}{history}{', full vocabulary' if whole else ''})"
-        print(f"\n== {printable(data)}{more}")
+        how = split + (", history left in" * (not filtered)) + (", full vocabulary" * whole)
+        print(f"\n== {printable(data)} ({how})")
         print_tables([*found.values()], args.against)
     if args.plot:
         from assets.extras.figures import plot
